@@ -1,1 +1,1 @@
-
+"""Transports: pumps around `Session.handle`. They never import a filesystem."""

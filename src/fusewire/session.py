@@ -1,0 +1,727 @@
+"""The FUSE session, sans-IO: INIT negotiation, dispatch, errno mapping, interrupts and notifications.
+
+Layer `session`: one call, `handle(request) -> reply`, safe to make from many threads; it owns no fd, no thread and no
+clock. Transports are pumps around that call. Rules that hold here: malformed input never raises out of `handle`; a
+request that wants a reply gets exactly one; nothing is allocated or looked up per request that could be done once.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from fusewire.ops import Buffer, Caller, Extensions, FileRange, Lock, Operations, Pending, Setattr, Statfs
+from fusewire.wire import abi, codec
+from fusewire.wire.requests import BadRequest, check_name, names, parse_extensions, xattr_name
+from fusewire.wire.table import OPCODE_LIMIT, TABLE, Op, layout
+
+EIO: Final = errno.EIO
+_OUT = codec.OUT_HEADER.pack
+_HEADER = codec.IN_HEADER.unpack_from
+_NEW = tuple.__new__
+
+# Opcodes that change the filesystem: EROFS on one that says it is read_only.
+_CHANGING = frozenset(
+    {"setattr", "symlink", "mknod", "mkdir", "unlink", "rmdir", "rename", "rename2", "link", "write", "setxattr"}
+    | {"removexattr", "create", "tmpfile", "fallocate", "copy_file_range", "copy_file_range_64"}
+)
+# Requests whose answer without a handler is success, because they only end something.
+_ENDING = frozenset({"release", "releasedir", "destroy"})
+# Two rows share a handler when the protocol has two requests for one operation.
+_METHOD_OF = {"rename2": "rename", "copy_file_range_64": "copy_file_range"}
+
+# Agreed whenever the kernel offers them: each saves round trips or is needed for correctness, and none changes what
+# a filesystem has to do. SETXATTR_EXT only changes a struct that we parse both ways.
+_ALWAYS = (
+    abi.FUSE_ASYNC_READ
+    | abi.FUSE_BIG_WRITES
+    | abi.FUSE_ASYNC_DIO
+    | abi.FUSE_PARALLEL_DIROPS
+    | abi.FUSE_ABORT_ERROR
+    | abi.FUSE_MAX_PAGES
+    | abi.FUSE_SETXATTR_EXT
+    | abi.FUSE_INIT_EXT
+    | abi.FUSE_HAS_EXPIRE_ONLY
+    | abi.FUSE_HAS_RESEND
+)
+# The kernel refuses some pairs (process_init_reply): the first gives way.
+_EXCLUSIVE = (
+    (abi.FUSE_PASSTHROUGH, abi.FUSE_WRITEBACK_CACHE),
+    (abi.FUSE_AUTO_INVAL_DATA, abi.FUSE_EXPLICIT_INVAL_DATA),
+)
+
+Log = Callable[[str, BaseException | None], None]
+
+
+class FileReply:
+    """A READ reply whose data the transport fetches: a header with `unique`, then the bytes of `range`."""
+
+    __slots__ = ("range", "unique")
+
+    def __init__(self, unique: int, source: FileRange) -> None:
+        self.unique = unique
+        self.range = source
+
+
+Reply = list[Buffer] | FileReply | None
+Send = Callable[[list[Buffer]], None]
+
+
+class _Handler(Protocol):
+    def __call__(self, *args: Any) -> Any: ...
+
+
+def to_errno(error: BaseException) -> int:
+    """Map an exception to an errno that a reply may carry (1..511, fuse_dev_do_write); 0 if it has none."""
+    if isinstance(error, OSError):
+        number = error.errno
+        if number is not None and 0 < number < 512:
+            return number
+        return _ERRNO_OF.get(type(error), 0)
+    if isinstance(error, NotImplementedError):
+        return errno.ENOSYS
+    return 0
+
+
+_ERRNO_OF: dict[type[BaseException], int] = {
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    FileExistsError: errno.EEXIST,
+    NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR,
+    InterruptedError: errno.EINTR,
+    BlockingIOError: errno.EAGAIN,
+    TimeoutError: errno.ETIMEDOUT,
+}
+
+
+class Session:
+    """The protocol state of one mount.
+
+    `handle` takes one whole request and gives its reply; `send`, set by the transport, carries what the server says on
+    its own account (notifications, late answers). `ready` becomes true when INIT is answered, then `on_ready` is
+    called once.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        max_write: int = 1 << 20,
+        max_pages: int = 256,
+        max_readahead: int = 1 << 20,
+        max_background: int = 64,
+        congestion_threshold: int = 48,
+        log: Log | None = None,
+    ) -> None:
+        """Prepare to serve `operations`. Sizes in bytes; `max_pages` of 4 KiB bounds one READ or WRITE."""
+        self.operations = operations
+        self.send: Send | None = None
+        self.on_ready: Callable[[], None] | None = None
+        self.on_destroy: Callable[[], None] | None = None
+        self.ready = False
+        self.refused = ""
+        self.minor = 0
+        self.flags = 0
+        self.page_size = 4096
+        # Without a write handler the kernel need not be offered more than its own minimum (4096): buffers stay small.
+        self.max_write = max(max_write, 4096) if self._offers("write") else 4096
+        self.max_pages = max_pages
+        self.max_readahead = max_readahead
+        self.max_background = max_background
+        self.congestion_threshold = congestion_threshold
+        self.dropped = 0
+        self.bad_replies = 0
+        self._log = log
+        self._logged: set[tuple[str, str]] = set()
+        self._destroyed = False
+        self._pending: dict[int, Pending] = {}
+        self._interrupted: dict[int, None] = {}
+        self._retrieves: dict[int, Callable[[int, memoryview], None]] = {}
+        self._retrieve_next = 1
+        self._extended = False
+        self._setxattr = layout("fuse_setxattr_in")
+        self._rows: list[tuple[Any, ...] | None] = [None] * OPCODE_LIMIT
+        self._refusals: list[int] = [-errno.ENOSYS] * OPCODE_LIMIT
+        for op in TABLE:
+            self._bind(op)
+
+    # The table, bound to one filesystem
+
+    def _offers(self, name: str) -> bool:
+        method = getattr(type(self.operations), name, None)
+        return method is not None and method is not getattr(Operations, name, None)
+
+    def _bind(self, op: Op) -> None:
+        code, name = op.code, op.name
+        handler: Any
+        if name in _OWN and self._serves_itself(name):
+            handler = getattr(self, "_" + name)
+        elif self._offers(_METHOD_OF.get(name, name)):
+            handler = getattr(self.operations, _METHOD_OF.get(name, name))
+        else:
+            if name in _ENDING:
+                self._refusals[code] = 0
+            elif self.operations.read_only and name in _CHANGING:
+                self._refusals[code] = -errno.EROFS
+            return
+        args = layout(op.args) if op.args else None
+        encode = getattr(codec, "encode_" + op.reply) if op.reply else None
+        adapter = _ADAPTERS.get(name) or (_named if op.names else _plain if not op.caller else _with_caller)
+        self._rows[code] = (
+            handler,
+            adapter,
+            args.unpack_from if args else None,
+            40 + (args.size if args else 0),
+            encode,
+            _CHECKS.get(op.reply),
+            op,
+        )
+
+    def _serves_itself(self, name: str) -> bool:
+        if name == "interrupt":
+            return self.operations.interruptible
+        return name != "batch_forget" or self._offers("forget")
+
+    # The one call
+
+    def handle(self, request: Any) -> Reply:
+        """Serve one whole request (a buffer that starts with fuse_in_header) and give what to send back, if anything.
+
+        The reply is a list of buffers to be written as one message, or a `FileReply`. Never raises for what the peer
+        sent or for what a handler did; only BaseExceptions that are no Exceptions pass.
+        """
+        length = len(request)
+        if length < 40:
+            self.dropped += 1
+            return None
+        _len, opcode, unique, nodeid, uid, gid, pid, extlen = _HEADER(request)
+        row = self._rows[opcode] if opcode < OPCODE_LIMIT else None
+        if row is None:
+            return self._refuse(opcode, unique)
+        handler, adapter, unpack, need, encode, check, op = row
+        try:
+            if length < need or _len != length:
+                raise BadRequest(errno.EINVAL if _len == length else EIO)
+            if adapter is _plain:
+                result = handler(nodeid, *unpack(request, 40)) if unpack is not None else handler(nodeid)
+            elif adapter is _lookup:
+                name = bytes(request[40 : length - 1])
+                if not name or len(name) > 255 or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
+                    check_name(name, terminated=not request[-1])
+                result = handler(_NEW(Caller, (uid, gid, pid, unique, None)), nodeid, name)
+            else:
+                result = adapter(
+                    self, handler, _NEW(Caller, (uid, gid, pid, unique, None)), nodeid, request, row, extlen
+                )
+            if encode is None:
+                return None
+            if type(result) is Pending:
+                return self._defer(result, unique, row, request)
+            if check is not None:
+                return check(self, unique, result, request, op)  # type: ignore[no-any-return]
+            data = encode(result)
+            return [_OUT(16 + len(data), 0, unique), data]
+        except BadRequest as bad:
+            return None if encode is None else [_OUT(16, -bad.args[0], unique)]
+        except Exception as error:  # noqa: BLE001 - the session's guard: whatever a handler does, the kernel gets an answer
+            return self._failed(error, unique, op)
+
+    def _refuse(self, opcode: int, unique: int) -> Reply:
+        if opcode >= OPCODE_LIMIT:
+            return [_OUT(16, -errno.ENOSYS, unique)]
+        if opcode in _NO_REPLY:
+            return None
+        if opcode == abi.FUSE_STATFS:
+            data = codec.encode_statfs(Statfs())
+            return [_OUT(16 + len(data), 0, unique), data]
+        if opcode in (abi.FUSE_OPEN, abi.FUSE_OPENDIR) and not self.flags & _NO_OPEN_FLAG[opcode]:
+            keep = abi.FOPEN_KEEP_CACHE | (abi.FOPEN_CACHE_DIR if opcode == abi.FUSE_OPENDIR else 0)
+            data = codec.encode_open((0, keep if self.operations.immutable else 0))
+            return [_OUT(16 + len(data), 0, unique), data]
+        return [_OUT(16, self._refusals[opcode], unique)]
+
+    def _failed(self, error: BaseException, unique: int, op: Op) -> Reply:
+        number = to_errno(error)
+        if number == 0:
+            self.log_once(f"{op.name} failed", error)
+            number = EIO
+        if op.reply == "":
+            return None
+        return [_OUT(16, -number, unique)]
+
+    def log_once(self, message: str, error: BaseException | None = None) -> None:
+        """Report a fault the first time that it happens at its place; a flood of equal faults makes one report."""
+        place = ""
+        if error is not None:
+            trace = error.__traceback__
+            while trace is not None:
+                place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+                trace = trace.tb_next
+        if (message, place) in self._logged or len(self._logged) > 1000:
+            return
+        self._logged.add((message, place))
+        if self._log is not None:
+            self._log(message, error)
+            return
+        import logging
+
+        logging.getLogger("fusewire").error(message, exc_info=error)
+
+    # Late answers and interrupts
+
+    def _defer(self, pending: Pending, unique: int, row: tuple[Any, ...], request: Any) -> Reply:
+        head = bytes(request[:80])  # the worker's buffer is used again before the answer comes
+
+        def answer(result: Any, error: BaseException | None) -> None:
+            self._pending.pop(unique, None)
+            reply = self._late(unique, row, head, result, error)
+            if self.send is not None and isinstance(reply, list):
+                self.send(reply)
+
+        self._pending[unique] = pending
+        settled = pending.bind(answer)
+        if settled is not None:
+            self._pending.pop(unique, None)
+            return self._late(unique, row, head, *settled)
+        if unique in self._interrupted:
+            del self._interrupted[unique]
+            if pending.interrupt is not None:
+                pending.interrupt()
+        return None
+
+    def _late(self, unique: int, row: tuple[Any, ...], head: bytes, result: Any, error: BaseException | None) -> Reply:
+        _, _, _, _, encode, check, op = row
+        try:
+            if error is not None:
+                raise error
+            if type(result) is FileRange:
+                raise OSError(EIO, "a late answer has to carry its data")
+            if check is not None:
+                return check(self, unique, result, head, op)  # type: ignore[no-any-return]
+            data = encode(result)
+            return [_OUT(16 + len(data), 0, unique), data]
+        except Exception as failure:  # noqa: BLE001 - as in handle
+            return self._failed(failure, unique, op)
+
+    def _interrupt(self, nodeid: int, unique: int) -> None:
+        pending = self._pending.get(unique)
+        if pending is not None:
+            if pending.interrupt is not None:
+                pending.interrupt()
+            return
+        # Its handler may not have returned yet. No answer at all: EAGAIN would make the kernel repeat it at once.
+        if len(self._interrupted) >= 1024:
+            self._interrupted.pop(next(iter(self._interrupted)), None)
+        self._interrupted[unique] = None
+
+    # INIT and DESTROY
+
+    def _init(
+        self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+    ) -> bytes:
+        # fuse_init_in was 16 bytes long before 7.36; flags2 counts only with INIT_EXT.
+        body = bytes(request[40:104]).ljust(64, b"\0")
+        major, minor, readahead, flags, flags2 = _INIT_IN(body, 0)
+        if len(request) < 56:
+            raise BadRequest(errno.EINVAL)
+        if major < abi.FUSE_KERNEL_VERSION or (major == abi.FUSE_KERNEL_VERSION and minor < abi.MINOR_MIN):
+            self.refused = (
+                f"the kernel speaks FUSE {major}.{minor}; 7.{abi.MINOR_MIN} or newer is needed (Linux 4.18 and later)"
+            )
+            self.log_once(self.refused)
+            raise BadRequest(errno.EPROTO)
+        if major > abi.FUSE_KERNEL_VERSION:
+            # The kernel will send another INIT with our major; it reads nothing else of this reply.
+            return _INIT_OUT(abi.FUSE_KERNEL_VERSION, abi.FUSE_KERNEL_MINOR_VERSION, *[0] * 11)
+        offered = flags | (flags2 << 32 if flags & abi.FUSE_INIT_EXT else 0)
+        self.minor = min(minor, abi.MINOR_MAX)
+        self.flags = agreed = self._agree(offered)
+        self.max_readahead = min(readahead, self.max_readahead)
+        if not agreed & abi.FUSE_MAX_PAGES:
+            self.max_pages = 32
+        self.max_write = min(self.max_write, self.max_pages * self.page_size)
+        self._extended = bool(agreed & (abi.FUSE_SECURITY_CTX | abi.FUSE_CREATE_SUPP_GROUP))
+        if not agreed & abi.FUSE_SETXATTR_EXT:
+            self._shorten_setxattr()
+        if not self.ready:
+            try:
+                self.operations.init(self)
+            except Exception as error:
+                self.refused = f"the filesystem would not start: {error}"
+                raise
+        self.ready = True
+        return _INIT_OUT(
+            abi.FUSE_KERNEL_VERSION,
+            self.minor,
+            self.max_readahead,
+            agreed & 0xFFFFFFFF,
+            self.max_background,
+            self.congestion_threshold,
+            self.max_write,
+            self.operations.time_gran,
+            self.max_pages if agreed & abi.FUSE_MAX_PAGES else 0,
+            0,
+            agreed >> 32,
+            1 if agreed & abi.FUSE_PASSTHROUGH else 0,
+            0,
+        )
+
+    def _agree(self, offered: int) -> int:
+        operations = self.operations
+        want = _ALWAYS | operations.want
+        if operations.immutable:
+            want |= abi.FUSE_CACHE_SYMLINKS | abi.FUSE_EXPLICIT_INVAL_DATA
+        elif not want & abi.FUSE_EXPLICIT_INVAL_DATA:
+            want |= abi.FUSE_AUTO_INVAL_DATA
+        if not self._offers("open"):
+            want |= abi.FUSE_NO_OPEN_SUPPORT
+        elif self._offers("create") or self._offers("setattr"):
+            want |= abi.FUSE_ATOMIC_O_TRUNC
+        if not self._offers("opendir"):
+            want |= abi.FUSE_NO_OPENDIR_SUPPORT
+        if self._offers("readdirplus"):
+            want |= abi.FUSE_DO_READDIRPLUS
+        if self._offers("setlk"):
+            want |= abi.FUSE_POSIX_LOCKS | abi.FUSE_FLOCK_LOCKS
+        agreed = want & offered & ~operations.refuse
+        for loser, winner in _EXCLUSIVE:
+            if agreed & loser and agreed & winner:
+                agreed &= ~loser
+        return agreed
+
+    def _shorten_setxattr(self) -> None:
+        """Before SETXATTR_EXT, fuse_setxattr_in ends after `flags` (FUSE_COMPAT_SETXATTR_IN_SIZE)."""
+        row = self._rows[abi.FUSE_SETXATTR]
+        if row is not None:
+            self._rows[abi.FUSE_SETXATTR] = (*row[:2], _short_setxattr, 48, *row[4:])
+
+    def _destroy(self, nodeid: int = 0) -> None:
+        self.close()
+        if self.on_destroy is not None:
+            self.on_destroy()
+
+    def close(self) -> None:
+        """End the filesystem: its `destroy` is called once, however the mount ended."""
+        if not self._destroyed:
+            self._destroyed = True
+            self.operations.destroy()
+
+    # FORGET
+
+    def _batch_forget(
+        self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+    ) -> None:
+        (count,) = codec.U32.unpack_from(request, 40)
+        forget = self.operations.forget
+        body = request[48 : 48 + 16 * min(count, (len(request) - 48) // 16)]
+        for node, nlookup in codec.FORGET_ONE.iter_unpack(body):
+            forget(node, nlookup)
+
+    # Notifications: what the server says unasked. Each gives False when the kernel does not know the node or the name.
+
+    def _notify(self, code: int, parts: list[Buffer]) -> bool:
+        if self.send is None:
+            raise OSError(errno.ENOTCONN, "the session has no transport to notify through")
+        try:
+            self.send([_OUT(16 + sum(len(part) for part in parts), code, 0), *parts])
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENOSYS):
+                return False
+            raise
+        return True
+
+    def notify_inval_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> bool:
+        """Drop cached attributes and the pages of a range; length 0: to the end; offset -1: attributes only."""
+        return self._notify(abi.FUSE_NOTIFY_INVAL_INODE, [_INVAL_INODE(nodeid, offset, length)])
+
+    def notify_inval_entry(self, parent: int, name: bytes, *, expire_only: bool = False) -> bool:
+        """Drop a name from the cache; `expire_only` makes the kernel ask again instead (7.38)."""
+        flags = abi.FUSE_EXPIRE_ONLY if expire_only and self.flags & abi.FUSE_HAS_EXPIRE_ONLY else 0
+        return self._notify(abi.FUSE_NOTIFY_INVAL_ENTRY, [_INVAL_ENTRY(parent, len(name), flags), name + b"\0"])
+
+    def notify_delete(self, parent: int, child: int, name: bytes) -> bool:
+        """Tell that a name is gone: as inval_entry, and inotify watchers hear of it."""
+        return self._notify(abi.FUSE_NOTIFY_DELETE, [_DELETE(parent, child, len(name)), name + b"\0"])
+
+    def notify_store(self, nodeid: int, offset: int, data: Buffer) -> bool:
+        """Put data into the kernel's page cache of a node."""
+        return self._notify(abi.FUSE_NOTIFY_STORE, [_STORE(nodeid, offset, len(data)), data])
+
+    def notify_retrieve(self, nodeid: int, offset: int, size: int, done: Callable[[int, memoryview], None]) -> bool:
+        """Ask for what the page cache holds; `done(offset, data)` is called later, on a worker's thread."""
+        number = self._retrieve_next
+        self._retrieve_next = number + 1
+        self._retrieves[number] = done
+        if self._notify(abi.FUSE_NOTIFY_RETRIEVE, [_RETRIEVE(number, nodeid, offset, size)]):
+            return True
+        del self._retrieves[number]
+        return False
+
+    def notify_poll(self, kh: int) -> bool:
+        """Wake who polls the handle that POLL named `kh`."""
+        return self._notify(abi.FUSE_NOTIFY_POLL, [codec.U64.pack(kh)])
+
+    def notify_resend(self) -> bool:
+        """Ask for every request that was read and not answered again, `unique` with bit 63 set (7.40)."""
+        return self._notify(abi.FUSE_NOTIFY_RESEND, [])
+
+    def notify_inc_epoch(self) -> bool:
+        """Make every cached name be looked up again (7.44)."""
+        return self._notify(abi.FUSE_NOTIFY_INC_EPOCH, [])
+
+    def notify_prune(self, nodeids: Iterable[int]) -> bool:
+        """Ask the kernel to forget nodes that nobody uses (7.45)."""
+        nodes = list(nodeids)
+        return self._notify(abi.FUSE_NOTIFY_PRUNE, [_PRUNE(len(nodes)), b"".join(map(codec.U64.pack, nodes))])
+
+    def _notify_reply(
+        self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+    ) -> None:
+        done = self._retrieves.pop(caller.unique, None)
+        if done is not None:
+            offset, size = row[2](request, 40)
+            start = row[3]
+            done(offset, memoryview(request)[start : start + size])
+
+
+# Adapters: from a request to a handler's arguments. `handle` has the two most frequent ones inline; they stand here
+# as marks.
+
+
+def _plain(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+def _lookup(*_: Any) -> Any:
+    raise NotImplementedError
+
+
+def _with_caller(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(caller, nodeid, *row[2](request, 40)) if row[2] is not None else handler(caller, nodeid)
+
+
+def _named(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    """(caller, parent, name, *struct): mknod, mkdir, unlink, rmdir, removexattr, create, tmpfile."""
+    unpack, need = row[2], row[3]
+    (name,), end = names(request, need, 1)
+    if extlen and session._extended:
+        caller = caller._replace(extensions=Extensions(*parse_extensions(request, end, extlen)))
+    return handler(caller, nodeid, name, *unpack(request, 40)) if unpack is not None else handler(caller, nodeid, name)
+
+
+def _setattr(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(caller, nodeid, _NEW(Setattr, row[2](request, 40)))
+
+
+def _symlink(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    (name,), end = names(request, 40, 1)
+    data = bytes(request[end : end + 4097])
+    stop = data.find(b"\0")
+    if stop < 1:
+        raise BadRequest(errno.ENAMETOOLONG if len(data) > 4096 else errno.EINVAL)
+    if extlen and session._extended:
+        caller = caller._replace(extensions=Extensions(*parse_extensions(request, end + stop + 1, extlen)))
+    return handler(caller, nodeid, name, data[:stop])
+
+
+def _rename(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    newdir, *flags = row[2](request, 40)
+    (old, new), _ = names(request, row[3], 2)
+    return handler(caller, nodeid, old, newdir, new, flags[0] if flags else 0)
+
+
+def _link(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    (oldnodeid,) = row[2](request, 40)
+    (name,), _ = names(request, row[3], 1)
+    return handler(caller, oldnodeid, nodeid, name)
+
+
+def _write(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    fh, offset, size, write_flags, lock_owner, flags = row[2](request, 40)
+    data = memoryview(request)[80 : 80 + size]
+    if len(data) != size:
+        raise BadRequest(errno.EINVAL)
+    return handler(nodeid, fh, offset, data, write_flags, lock_owner, flags)
+
+
+def _setxattr(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    size, flags, setxattr_flags = row[2](request, 40)
+    name, end = xattr_name(request, row[3])
+    value = bytes(request[end : end + size])
+    if len(value) != size:
+        raise BadRequest(errno.EINVAL)
+    return handler(caller, nodeid, name, value, flags, setxattr_flags)
+
+
+def _short_setxattr(request: Any, offset: int) -> tuple[int, int, int]:
+    size, flags = _TWO_U32(request, offset)
+    return size, flags, 0
+
+
+def _getxattr(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(caller, nodeid, xattr_name(request, row[3])[0])
+
+
+def _removexattr(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(caller, nodeid, xattr_name(request, 40)[0])
+
+
+def _listxattr(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(caller, nodeid)
+
+
+def _locking(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    fh, owner, start, end, kind, pid, lk_flags = row[2](request, 40)
+    return handler(caller, nodeid, fh, owner, _NEW(Lock, (start, end, kind, pid)), lk_flags)
+
+
+def _ioctl(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    fh, flags, cmd, arg, in_size, out_size = row[2](request, 40)
+    data = memoryview(request)[72 : 72 + in_size]
+    if len(data) != in_size:
+        raise BadRequest(errno.EINVAL)
+    return handler(caller, nodeid, fh, flags, cmd, arg, data, out_size)
+
+
+def _flush(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    fh, lock_owner = row[2](request, 40)
+    return handler(nodeid, fh, lock_owner)
+
+
+def _node_only(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    return handler(nodeid)
+
+
+def _not_offered(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    raise BadRequest(errno.ENOSYS)
+
+
+# Checks: replies whose length the request bounds. Too much would make the kernel refuse the write and the caller hang.
+
+
+def _check_data(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
+    size = _READ_SIZE(request, 56)[0]
+    kind = type(result)
+    if kind is FileRange:
+        if result.size > size:
+            result = FileRange(result.fd, result.offset, size)
+        return FileReply(unique, result)
+    if kind is list:
+        length = 0
+        for part in result:
+            length += len(part)
+        if length <= size:
+            return [_OUT(16 + length, 0, unique), *result]
+    else:
+        length = len(result)
+        if length <= size:
+            return [_OUT(16 + length, 0, unique), result]
+    session.bad_replies += 1
+    session.log_once(f"{op.name} gave {length} bytes where {size} were asked for")
+    return [_OUT(16, -EIO, unique)]
+
+
+def _check_xattr(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
+    size = codec.U32.unpack_from(request, 40)[0]
+    length = len(result)
+    if size == 0:
+        return [_OUT(24, 0, unique), codec.GETXATTR_OUT.pack(length)]
+    if length > size:
+        return [_OUT(16, -errno.ERANGE, unique)]
+    return [_OUT(16 + length, 0, unique), result]
+
+
+def _check_link(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
+    length = len(result)
+    if 0 < length < session.page_size and b"\0" not in result:
+        return [_OUT(16 + length, 0, unique), result]
+    return [_OUT(16, -(errno.ENAMETOOLONG if length >= session.page_size else EIO), unique)]
+
+
+def _check_ioctl(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
+    out_size = codec.U32.unpack_from(request, 68)[0]
+    if len(result[1]) > out_size:
+        session.bad_replies += 1
+        session.log_once(f"ioctl gave {len(result[1])} bytes where {out_size} were asked for")
+        return [_OUT(16, -EIO, unique)]
+    data = codec.encode_ioctl(result)
+    return [_OUT(16 + len(data), 0, unique), data]
+
+
+_CHECKS = {"data": _check_data, "xattr": _check_xattr, "link": _check_link, "ioctl": _check_ioctl}
+
+_ADAPTERS: dict[str, Any] = {
+    "init": Session._init,
+    "batch_forget": Session._batch_forget,
+    "notify_reply": Session._notify_reply,
+    "lookup": _lookup,
+    "setattr": _setattr,
+    "symlink": _symlink,
+    "rename": _rename,
+    "rename2": _rename,
+    "link": _link,
+    "write": _write,
+    "setxattr": _setxattr,
+    "getxattr": _getxattr,
+    "removexattr": _removexattr,
+    "listxattr": _listxattr,
+    "getlk": _locking,
+    "setlk": _locking,
+    "setlkw": _locking,
+    "ioctl": _ioctl,
+    "flush": _flush,
+    "syncfs": _node_only,
+    # DAX windows belong to a virtio-fs device; a filesystem is never asked.
+    "setupmapping": _not_offered,
+    "removemapping": _not_offered,
+}
+# Rows that the session serves itself, whatever the filesystem offers.
+_OWN = frozenset({"init", "destroy", "interrupt", "batch_forget", "notify_reply"})
+
+# ENOSYS is the answer that ends INTERRUPT; all others of these are never answered.
+_NO_REPLY = frozenset(op.code for op in TABLE if op.reply == "" and op.name != "interrupt")
+_NO_OPEN_FLAG = {abi.FUSE_OPEN: abi.FUSE_NO_OPEN_SUPPORT, abi.FUSE_OPENDIR: abi.FUSE_NO_OPENDIR_SUPPORT}
+_INIT_IN = layout("fuse_init_in").unpack_from
+_INIT_OUT = layout("fuse_init_out").pack
+_INVAL_INODE = layout("fuse_notify_inval_inode_out").pack
+_INVAL_ENTRY = layout("fuse_notify_inval_entry_out").pack
+_DELETE = layout("fuse_notify_delete_out").pack
+_STORE = layout("fuse_notify_store_out").pack
+_RETRIEVE = layout("fuse_notify_retrieve_out").pack
+_PRUNE = layout("fuse_notify_prune_out").pack
+_TWO_U32 = layout("fuse_ext_header").unpack_from
+_READ_SIZE = codec.U32.unpack_from

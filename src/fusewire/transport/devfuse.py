@@ -1,0 +1,166 @@
+"""The /dev/fuse transport: reads whole requests, hands them to the session, writes whole replies.
+
+Layer `transport`. One `Channel` owns one /dev/fuse fd; any number of threads may call `serve` on it, each with a
+buffer of its own. It mounts nothing and unmounts nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+from fusewire.session import FileReply, Session
+from fusewire.wire import abi, codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusewire.ops import Buffer
+
+# read(2) on /dev/fuse, fuse_dev_do_read: ENOENT the request was interrupted before it could be read; EINTR and EAGAIN
+# as everywhere. ENODEV: unmounted. ECONNABORTED: aborted (ABORT_ERROR was agreed). EBADF: closed by us.
+_TRY_AGAIN = frozenset({errno.ENOENT, errno.EINTR, errno.EAGAIN})
+_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
+# write(2), fuse_dev_do_write: ENOENT says that nobody waits for this reply any more.
+_NOBODY_WAITS = errno.ENOENT
+
+
+class Channel:
+    """One connection to the kernel. Owns `fd`; -1 once closed."""
+
+    def __init__(self, fd: int, session: Session, *, clone_fd: bool = False) -> None:
+        """Take over `fd`, a /dev/fuse descriptor that has been mounted or is about to be."""
+        self.fd = fd
+        self.session = session
+        self.clone_fd = clone_fd
+        self.ended = False
+        self._counts: list[list[int]] = []
+        session.page_size = os.sysconf("SC_PAGE_SIZE")
+        session.send = self.send
+
+    @property
+    def requests(self) -> int:
+        """How many requests have been read."""
+        return sum(count[0] for count in self._counts)
+
+    def send(self, buffers: list[Buffer]) -> None:
+        """Write one message: a late reply, or a notification. Raises OSError as the kernel gives it."""
+        try:
+            os.writev(self.fd, buffers)
+        except OSError as error:
+            # A late reply that nobody waits for any more is no fault; a notification's ENOENT is its answer.
+            if error.errno == _NOBODY_WAITS and codec.OUT_HEADER.unpack_from(buffers[0])[2]:
+                return
+            raise
+
+    def serve(self, trace: Callable[[Any, Any], None] | None = None) -> None:
+        """Serve requests on this thread until the connection ends: unmounted, aborted, or closed.
+
+        Raises OSError for what the device should never say (EIO, EFAULT, ...).
+        """
+        fd = self._clone() if self.clone_fd and self._counts else self.fd
+        count = [0]
+        self._counts.append(count)
+        # The kernel refuses a buffer smaller than max(8192, header + write_in + max_write) with EINVAL.
+        buffer = bytearray(max(abi.FUSE_MIN_READ_BUFFER, self.session.max_write + 4096))
+        view = memoryview(buffer)
+        vector = [buffer]
+        handle, readv, writev = self.session.handle, os.readv, os.writev
+        try:
+            if not self.session.ready and not self._handshake(fd, buffer, trace):
+                return
+            while True:
+                try:
+                    length = readv(fd, vector)
+                except OSError as error:
+                    if error.errno in _TRY_AGAIN:
+                        continue
+                    if error.errno in _ENDED:
+                        return
+                    raise
+                count[0] += 1
+                reply = handle(view[:length])
+                if trace is not None:
+                    trace(view[:length], reply)
+                if reply is None:
+                    continue
+                try:
+                    if type(reply) is list:
+                        writev(fd, reply)
+                    else:
+                        self._write_file(fd, reply)
+                except OSError as error:
+                    if error.errno == _NOBODY_WAITS:
+                        continue
+                    if error.errno in _ENDED:
+                        return
+                    self._refused(fd, view, error)
+        finally:
+            self.ended = True
+            if fd != self.fd:
+                os.close(fd)
+
+    def _handshake(self, fd: int, buffer: bytearray, trace: Callable[[Any, Any], None] | None) -> bool:
+        """Serve INIT and say so through `on_ready` once its answer is with the kernel; give False if there is no INIT."""
+        session = self.session
+        while not session.ready:
+            try:
+                length = os.readv(fd, [buffer])
+            except OSError as error:
+                if error.errno in _TRY_AGAIN:
+                    continue
+                if error.errno in _ENDED:
+                    return False
+                raise
+            request = memoryview(buffer)[:length]
+            reply = session.handle(request)
+            if trace is not None:
+                trace(request, reply)
+            if isinstance(reply, list):
+                os.writev(fd, reply)
+            if session.refused:
+                raise OSError(errno.EPROTO, session.refused)
+        if session.on_ready is not None:
+            session.on_ready()
+        return True
+
+    def _refused(self, fd: int, request: memoryview, error: OSError) -> None:
+        """Answer EIO when the kernel would not take a reply: the caller must not wait for ever."""
+        unique = codec.IN_HEADER.unpack_from(request)[2]
+        self.session.bad_replies += 1
+        self.session.log_once("the kernel refused a reply", error)
+        try:
+            os.writev(fd, [codec.OUT_HEADER.pack(16, -errno.EIO, unique)])
+        except OSError as again:
+            if again.errno != _NOBODY_WAITS and again.errno not in _ENDED:
+                raise
+
+    def _write_file(self, fd: int, reply: FileReply | list[Buffer]) -> None:
+        assert type(reply) is FileReply
+        source = reply.range
+        data = bytearray(source.size)
+        try:
+            length = os.preadv(source.fd, [data], source.offset)
+        except OSError as error:
+            os.writev(fd, [codec.OUT_HEADER.pack(16, -(error.errno or errno.EIO), reply.unique)])
+            return
+        os.writev(fd, [codec.OUT_HEADER.pack(16 + length, 0, reply.unique), memoryview(data)[:length]])
+
+    def _clone(self) -> int:
+        """Open a second descriptor of the same connection, FUSE_DEV_IOC_CLONE: its own queue of requests in work."""
+        import fcntl
+
+        clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(clone, abi.FUSE_DEV_IOC_CLONE, self.fd.to_bytes(4, "little"))
+        except OSError:
+            os.close(clone)
+            raise
+        return clone
+
+    def close(self) -> None:
+        """Close the descriptor. The last one of a connection ends it: whoever waits gets ENOTCONN."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
