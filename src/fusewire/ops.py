@@ -3,7 +3,8 @@
 Layer `ops`: types and contracts, no I/O. Names are bytes; node ids, handles and flags are ints under their kernel
 names. A method that a class does not override is an operation that its filesystem does not offer: the session then
 gives the answer that makes the kernel stop asking. Failure is an `OSError` with an errno (a bare
-`FileNotFoundError` will do); any other exception is logged once per place and answered EIO.
+`FileNotFoundError` will do); any other exception is logged once per place and answered EIO. Where a signature allows
+`bytes` beside an Entry or attributes, that is the reply's body in wire form, made beforehand.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class Pending:
     """An answer that comes later: a handler returns it instead of a value and some other thread completes it.
 
     `interrupt`, if given, is called when the caller gives up (FUSE INTERRUPT, signal(7)); it should make somebody
-    call `fail` with EINTR soon. It never blocks, and completing twice is harmless: the first wins.
+    call `fail` with EINTR soon. It never blocks, and completing twice is harmless: the first wins. One request each;
+    no subclasses (the session knows it by its exact type).
     """
 
     __slots__ = ("_error", "_lock", "_result", "_send", "_settled", "interrupt")
@@ -152,6 +154,9 @@ class Pending:
         self._result: Any = None
         self._error: BaseException | None = None
         self._send: Callable[[Any, BaseException | None], None] | None = None
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Pending has no subclasses: give it an `interrupt`, or wrap it")
 
     def complete(self, result: Any) -> None:
         """Give the value that the handler would have returned."""
@@ -172,12 +177,15 @@ class Pending:
             send(result, error)
 
     def bind(self, send: Callable[[Any, BaseException | None], None]) -> tuple[Any, BaseException | None] | None:
-        """Say where the answer goes; if it is there already, give it instead. For the session only."""
+        """Say where the answer goes; if it is there already, give it instead. For the session only.
+
+        Raises RuntimeError when another request waits for it.
+        """
         with self._lock:
-            if self._settled:
-                return self._result, self._error
+            if self._send is not None:
+                raise RuntimeError("one Pending cannot answer two requests")
             self._send = send
-            return None
+            return (self._result, self._error) if self._settled else None
 
 
 class Connection(Protocol):
@@ -233,7 +241,7 @@ class Operations:
 
     # Names
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry:
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes:
         """Find `name` in directory `parent`; FileNotFoundError, or an Entry with nodeid 0 that is remembered."""
         _unsupported("lookup")
 
@@ -274,7 +282,7 @@ class Operations:
 
     # Attributes
 
-    def getattr(self, nodeid: int, flags: int, fh: int) -> tuple[Attr, float]:
+    def getattr(self, nodeid: int, flags: int, fh: int) -> tuple[Attr, float] | bytes:
         """Give attributes and how many seconds they hold. `fh` counts when `flags` has FUSE_GETATTR_FH."""
         _unsupported("getattr")
 
@@ -319,14 +327,14 @@ class Operations:
         _unsupported("create")
 
     def tmpfile(
-        self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
+        self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
     ) -> tuple[Entry, tuple[int, int]]:
-        """Make and open a file without a name, open(2) with O_TMPFILE. `name` is of no meaning."""
+        """Make and open a file without a name, open(2) with O_TMPFILE."""
         _unsupported("tmpfile")
 
     def read(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
-    ) -> Buffer | list[Buffer] | FileRange:
+    ) -> Buffer | Sequence[Buffer] | FileRange:
         """Give up to `size` bytes at `offset`: less means end of file. Buffers are sent as they are, uncopied."""
         _unsupported("read")
 

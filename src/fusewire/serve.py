@@ -7,6 +7,7 @@ line forks first and `Server` runs in the child.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from fusewire.session import Session
 from fusewire.transport.devfuse import Channel
+from fusewire.wire import abi
+from fusewire.wire.codec import IN_HEADER, OUT_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusewire.ops import Operations
-    from fusewire.session import Log
+    from fusewire.session import Log, Reply
 
-DEFAULT_THREADS = 4
+# More workers than processors only fight for the interpreter lock; fewer than two would let one slow read hold up all.
+DEFAULT_THREADS = min(8, max(2, os.cpu_count() or 1))
 
 
 class Server:
@@ -38,9 +42,15 @@ class Server:
         debug: bool = False,
         log: Log | None = None,
         max_write: int = 1 << 20,
+        only: frozenset[int] | None = None,
     ) -> None:
-        """Take over `fd` (closed by `close`) and the filesystem (`destroy` is called once, at the end)."""
+        """Take over `fd` (closed by `close`) and the filesystem (`destroy` is called once, at the end).
+
+        With `only`, callers of other user ids get EACCES (`allow_root`, which the kernel does not know).
+        """
         self.session = Session(operations, log=log, max_write=max_write)
+        if only is not None:
+            self.session.handle = guarded(self.session.handle, only)  # type: ignore[method-assign, assignment]
         self.channel = Channel(fd, self.session, clone_fd=clone_fd)
         self.threads = max(1, threads)
         self.started = time.monotonic()
@@ -90,8 +100,12 @@ class Server:
         self._ready.wait(timeout)
         return self.session.ready
 
+    def wait_end(self, timeout: float | None = None) -> bool:
+        """Wait until the connection has ended, whatever ended it; give False when time ran out."""
+        return self._ended.wait(timeout)
+
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the connection has ended; give False when time ran out. Raises what ended it, if not an unmount."""
+        """Wait as `wait_end`; raises what ended the connection, if that was not an unmount."""
         if not self._ended.wait(timeout):
             return False
         if self.failure is not None:
@@ -108,9 +122,28 @@ class Server:
         self.channel.close()
 
 
+# Requests that the kernel makes on nobody's behalf, or that only end what somebody was allowed to begin.
+_UNGUARDED = frozenset(
+    {abi.FUSE_FORGET, abi.FUSE_BATCH_FORGET, abi.FUSE_INIT, abi.FUSE_DESTROY, abi.FUSE_READ, abi.FUSE_WRITE}
+    | {abi.FUSE_RELEASE, abi.FUSE_RELEASEDIR, abi.FUSE_FLUSH, abi.FUSE_INTERRUPT, abi.FUSE_NOTIFY_REPLY}
+)
+
+
+def guarded(handle: Callable[[Any], Reply], only: frozenset[int]) -> Callable[[Any], Reply]:
+    """Wrap a session's `handle` so that requests of user ids not in `only` are answered EACCES."""
+
+    def handle_allowed(request: Any) -> Reply:
+        if len(request) >= 40:
+            _, opcode, unique, _, uid, _, _, _ = IN_HEADER.unpack_from(request)
+            if uid not in only and opcode not in _UNGUARDED:
+                return [OUT_HEADER.pack(16, -errno.EACCES, unique)]
+        return handle(request)
+
+    return handle_allowed
+
+
 def trace_to_stderr(request: Any, reply: Any) -> None:
     """Print one line per request, as `-o debug` asks."""
-    from fusewire.wire.codec import IN_HEADER, OUT_HEADER
     from fusewire.wire.table import TABLE
 
     length, opcode, unique, nodeid, uid, gid, pid, _ = IN_HEADER.unpack_from(request)

@@ -8,8 +8,10 @@ request that wants a reply gets exactly one; nothing is allocated or looked up p
 from __future__ import annotations
 
 import errno
+from _thread import allocate_lock
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from itertools import count
+from typing import Any, Final, NamedTuple, Protocol
 
 from fusewire.ops import Buffer, Caller, Extensions, FileRange, Lock, Operations, Pending, Setattr, Statfs
 from fusewire.wire import abi, codec
@@ -28,6 +30,8 @@ _CHANGING = frozenset(
 )
 # Requests whose answer without a handler is success, because they only end something.
 _ENDING = frozenset({"release", "releasedir", "destroy"})
+# fuse_init_in was 16 bytes long before 7.36: the only struct that a kernel of our minors may send shorter.
+_INIT_IN_OLD = 16
 # Two rows share a handler when the protocol has two requests for one operation.
 _METHOD_OF = {"rename2": "rename", "copy_file_range_64": "copy_file_range"}
 
@@ -45,6 +49,8 @@ _ALWAYS = (
     | abi.FUSE_HAS_EXPIRE_ONLY
     | abi.FUSE_HAS_RESEND
 )
+# Never agreed, whatever a filesystem wants: bit 31 is reserved, and after OVER_IO_URING requests come by rings only.
+_NEVER = 1 << 31 | abi.FUSE_OVER_IO_URING
 # The kernel refuses some pairs (process_init_reply): the first gives way.
 _EXCLUSIVE = (
     (abi.FUSE_PASSTHROUGH, abi.FUSE_WRITEBACK_CACHE),
@@ -72,19 +78,33 @@ class _Handler(Protocol):
     def __call__(self, *args: Any) -> Any: ...
 
 
+class Agreed(NamedTuple):
+    """What INIT agreed on, all that a later server of the same mount has to be told (`Session.resume`). Plain ints."""
+
+    minor: int
+    flags: int
+    max_write: int
+    max_readahead: int
+    max_pages: int
+
+
 def to_errno(error: BaseException) -> int:
     """Map an exception to an errno that a reply may carry (1..511, fuse_dev_do_write); 0 if it has none."""
     if isinstance(error, OSError):
         number = error.errno
-        if number is not None and 0 < number < 512:
+        # OSError("any", "thing") has whatever it was given as its errno.
+        if type(number) is int and 0 < number < 512:
             return number
-        return _ERRNO_OF.get(type(error), 0)
-    if isinstance(error, NotImplementedError):
-        return errno.ENOSYS
+    if isinstance(error, (OSError, NotImplementedError)):
+        for kind in type(error).__mro__:
+            if kind in _ERRNO_OF:
+                return _ERRNO_OF[kind]
     return 0
 
 
-_ERRNO_OF: dict[type[BaseException], int] = {
+# What the builtin subclasses stand for when they carry no errno, as the interpreter maps them (PEP 3151).
+_ERRNO_OF: dict[type, int] = {
+    NotImplementedError: errno.ENOSYS,
     FileNotFoundError: errno.ENOENT,
     PermissionError: errno.EACCES,
     FileExistsError: errno.EEXIST,
@@ -93,6 +113,12 @@ _ERRNO_OF: dict[type[BaseException], int] = {
     InterruptedError: errno.EINTR,
     BlockingIOError: errno.EAGAIN,
     TimeoutError: errno.ETIMEDOUT,
+    ChildProcessError: errno.ECHILD,
+    ProcessLookupError: errno.ESRCH,
+    BrokenPipeError: errno.EPIPE,
+    ConnectionAbortedError: errno.ECONNABORTED,
+    ConnectionRefusedError: errno.ECONNREFUSED,
+    ConnectionResetError: errno.ECONNRESET,
 }
 
 
@@ -134,14 +160,14 @@ class Session:
         self.dropped = 0
         self.bad_replies = 0
         self._log = log
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: set[str] = set()
+        self._lock = allocate_lock()  # over _pending, _interrupted and _destroyed; no call goes out under it
         self._destroyed = False
         self._pending: dict[int, Pending] = {}
         self._interrupted: dict[int, None] = {}
         self._retrieves: dict[int, Callable[[int, memoryview], None]] = {}
-        self._retrieve_next = 1
+        self._retrieve_numbers = count(1)
         self._extended = False
-        self._setxattr = layout("fuse_setxattr_in")
         self._rows: list[tuple[Any, ...] | None] = [None] * OPCODE_LIMIT
         self._refusals: list[int] = [-errno.ENOSYS] * OPCODE_LIMIT
         for op in TABLE:
@@ -151,20 +177,22 @@ class Session:
 
     def _offers(self, name: str) -> bool:
         method = getattr(type(self.operations), name, None)
-        return method is not None and method is not getattr(Operations, name, None)
+        base = getattr(Operations, name, None)
+        return method is not None and base is not None and method is not base
 
     def _bind(self, op: Op) -> None:
         code, name = op.code, op.name
         handler: Any
         if name in _OWN and self._serves_itself(name):
             handler = getattr(self, "_" + name)
+        elif self.operations.read_only and name in _CHANGING:
+            self._refusals[code] = -errno.EROFS
+            return
         elif self._offers(_METHOD_OF.get(name, name)):
             handler = getattr(self.operations, _METHOD_OF.get(name, name))
         else:
             if name in _ENDING:
                 self._refusals[code] = 0
-            elif self.operations.read_only and name in _CHANGING:
-                self._refusals[code] = -errno.EROFS
             return
         args = layout(op.args) if op.args else None
         encode = getattr(codec, "encode_" + op.reply) if op.reply else None
@@ -173,7 +201,7 @@ class Session:
             handler,
             adapter,
             args.unpack_from if args else None,
-            40 + (args.size if args else 0),
+            40 + (_INIT_IN_OLD if name == "init" else args.size if args else 0),
             encode,
             _CHECKS.get(op.reply),
             op,
@@ -251,23 +279,34 @@ class Session:
             return None
         return [_OUT(16, -number, unique)]
 
-    def log_once(self, message: str, error: BaseException | None = None) -> None:
-        """Report a fault the first time that it happens at its place; a flood of equal faults makes one report."""
-        place = ""
-        if error is not None:
-            trace = error.__traceback__
-            while trace is not None:
-                place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
-                trace = trace.tb_next
-        if (message, place) in self._logged or len(self._logged) > 1000:
-            return
-        self._logged.add((message, place))
-        if self._log is not None:
-            self._log(message, error)
-            return
-        import logging
+    def _bad_reply(self, unique: int, op: Op, what: str) -> Reply:
+        """Answer EIO in the place of a result that the kernel would refuse, and report it once per operation."""
+        self.bad_replies += 1
+        self.log_once(f"{op.name} gave {what}", place=op.name)
+        return [_OUT(16, -EIO, unique)]
 
-        logging.getLogger("fusewire").error(message, exc_info=error)
+    def log_once(self, message: str, error: BaseException | None = None, *, place: str = "") -> None:
+        """Report a fault the first time that it happens at its place; a flood of equal faults makes one report.
+
+        The place is where `error` was raised; without one, what `place` names, or else the message itself.
+        """
+        key = place or message
+        trace = error.__traceback__ if error is not None else None
+        while trace is not None:
+            key = f"{message} {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        if key in self._logged or len(self._logged) > 1000:
+            return
+        self._logged.add(key)
+        try:
+            if self._log is not None:
+                self._log(message, error)
+                return
+            import logging
+
+            logging.getLogger("fusewire").error(message, exc_info=error)
+        except Exception:  # noqa: BLE001, S110 - a report that fails must not cost a caller its answer
+            pass
 
     # Late answers and interrupts
 
@@ -275,21 +314,37 @@ class Session:
         head = bytes(request[:80])  # the worker's buffer is used again before the answer comes
 
         def answer(result: Any, error: BaseException | None) -> None:
-            self._pending.pop(unique, None)
+            with self._lock:
+                self._pending.pop(unique, None)
             reply = self._late(unique, row, head, result, error)
             if self.send is not None and isinstance(reply, list):
                 self.send(reply)
 
-        self._pending[unique] = pending
-        settled = pending.bind(answer)
+        # Known before it is bound: from then on it may be settled, and `answer` takes it out again.
+        with self._lock:
+            self._pending[unique] = pending
+            interrupted = self._interrupted.pop(unique, self) is None
+        try:
+            settled = pending.bind(answer)
+        except RuntimeError as error:  # it waits for another request already; that one keeps it
+            with self._lock:
+                self._pending.pop(unique, None)
+            return self._failed(error, unique, row[6])
         if settled is not None:
-            self._pending.pop(unique, None)
+            with self._lock:
+                self._pending.pop(unique, None)
             return self._late(unique, row, head, *settled)
-        if unique in self._interrupted:
-            del self._interrupted[unique]
-            if pending.interrupt is not None:
-                pending.interrupt()
+        if interrupted:
+            self._give_up(pending)
         return None
+
+    def _give_up(self, pending: Pending) -> None:
+        # Guarded here: an exception that reached `handle` from `_defer` would make a second answer.
+        if pending.interrupt is not None:
+            try:
+                pending.interrupt()
+            except Exception as error:  # noqa: BLE001 - as in handle
+                self.log_once("interrupt failed", error)
 
     def _late(self, unique: int, row: tuple[Any, ...], head: bytes, result: Any, error: BaseException | None) -> Reply:
         _, _, _, _, encode, check, op = row
@@ -306,26 +361,24 @@ class Session:
             return self._failed(failure, unique, op)
 
     def _interrupt(self, nodeid: int, unique: int) -> None:
-        pending = self._pending.get(unique)
+        with self._lock:
+            pending = self._pending.get(unique)
+            if pending is None:
+                # Its handler may not have returned yet. Not answered: EAGAIN would make the kernel repeat it at once.
+                if len(self._interrupted) >= 1024:
+                    del self._interrupted[next(iter(self._interrupted))]
+                self._interrupted[unique] = None
         if pending is not None:
-            if pending.interrupt is not None:
-                pending.interrupt()
-            return
-        # Its handler may not have returned yet. No answer at all: EAGAIN would make the kernel repeat it at once.
-        if len(self._interrupted) >= 1024:
-            self._interrupted.pop(next(iter(self._interrupted)), None)
-        self._interrupted[unique] = None
+            self._give_up(pending)
 
     # INIT and DESTROY
 
     def _init(
         self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
     ) -> bytes:
-        # fuse_init_in was 16 bytes long before 7.36; flags2 counts only with INIT_EXT.
+        # Short before 7.36; flags2 counts only with INIT_EXT.
         body = bytes(request[40:104]).ljust(64, b"\0")
         major, minor, readahead, flags, flags2 = _INIT_IN(body, 0)
-        if len(request) < 56:
-            raise BadRequest(errno.EINVAL)
         if major < abi.FUSE_KERNEL_VERSION or (major == abi.FUSE_KERNEL_VERSION and minor < abi.MINOR_MIN):
             self.refused = (
                 f"the kernel speaks FUSE {major}.{minor}; 7.{abi.MINOR_MIN} or newer is needed (Linux 4.18 and later)"
@@ -342,17 +395,7 @@ class Session:
         if not agreed & abi.FUSE_MAX_PAGES:
             self.max_pages = 32
         self.max_write = min(self.max_write, self.max_pages * self.page_size)
-        self._extended = bool(agreed & (abi.FUSE_SECURITY_CTX | abi.FUSE_CREATE_SUPP_GROUP))
-        if not agreed & abi.FUSE_SETXATTR_EXT:
-            self._shorten_setxattr()
-        if not self.ready:
-            try:
-                self.operations.init(self)
-            except Exception as error:
-                self.refused = f"the filesystem would not start: {error}"
-                raise
-        self.ready = True
-        return _INIT_OUT(
+        answer = _INIT_OUT(
             abi.FUSE_KERNEL_VERSION,
             self.minor,
             self.max_readahead,
@@ -367,6 +410,37 @@ class Session:
             1 if agreed & abi.FUSE_PASSTHROUGH else 0,
             0,
         )
+        self._begin()
+        return answer
+
+    def _begin(self) -> None:
+        self._extended = bool(self.flags & (abi.FUSE_SECURITY_CTX | abi.FUSE_CREATE_SUPP_GROUP))
+        if not self.flags & abi.FUSE_SETXATTR_EXT:
+            self._shorten_setxattr()
+        if not self.ready:
+            try:
+                self.operations.init(self)
+            except Exception as error:
+                self.refused = f"the filesystem would not start: {error}"
+                raise
+        self.ready = True
+
+    @property
+    def agreed(self) -> Agreed:
+        """What INIT agreed on: to be kept by whoever wants to `resume` the mount after this server."""
+        return Agreed(self.minor, self.flags, self.max_write, self.max_readahead, self.max_pages)
+
+    def resume(self, agreed: Agreed) -> None:
+        """Take up a mount whose INIT another server answered; `agreed` is that session's. Calls `on_ready`.
+
+        Node ids, handles and lookup counts that the kernel holds are the filesystem's to know again; FORGETs that the
+        other server had read are lost. `notify_resend`, once the transport serves, brings back what it left
+        unanswered (FUSE_NOTIFY_RESEND, Linux 6.9). Raises what the filesystem's `init` does.
+        """
+        self.minor, self.flags, self.max_write, self.max_readahead, self.max_pages = agreed
+        self._begin()
+        if self.on_ready is not None:
+            self.on_ready()
 
     def _agree(self, offered: int) -> int:
         operations = self.operations
@@ -385,7 +459,9 @@ class Session:
             want |= abi.FUSE_DO_READDIRPLUS
         if self._offers("setlk"):
             want |= abi.FUSE_POSIX_LOCKS | abi.FUSE_FLOCK_LOCKS
-        agreed = want & offered & ~operations.refuse
+        agreed = want & offered & ~operations.refuse & ~_NEVER
+        if not agreed & abi.FUSE_INIT_EXT:
+            agreed &= 0xFFFFFFFF
         for loser, winner in _EXCLUSIVE:
             if agreed & loser and agreed & winner:
                 agreed &= ~loser
@@ -403,10 +479,14 @@ class Session:
             self.on_destroy()
 
     def close(self) -> None:
-        """End the filesystem: its `destroy` is called once, however the mount ended."""
-        if not self._destroyed:
-            self._destroyed = True
-            self.operations.destroy()
+        """End the filesystem: its `destroy` is called once, however the mount ended, and never raises from here."""
+        with self._lock:
+            destroyed, self._destroyed = self._destroyed, True
+        if not destroyed:
+            try:
+                self.operations.destroy()
+            except Exception as error:  # noqa: BLE001 - nobody is left who could be told
+                self.log_once("destroy failed", error)
 
     # FORGET
 
@@ -417,7 +497,10 @@ class Session:
         forget = self.operations.forget
         body = request[48 : 48 + 16 * min(count, (len(request) - 48) // 16)]
         for node, nlookup in codec.FORGET_ONE.iter_unpack(body):
-            forget(node, nlookup)
+            try:
+                forget(node, nlookup)
+            except Exception as error:  # noqa: BLE001 - the other nodes of the batch are forgotten all the same
+                self._failed(error, 0, row[6])
 
     # Notifications: what the server says unasked. Each gives False when the kernel does not know the node or the name.
 
@@ -425,7 +508,7 @@ class Session:
         if self.send is None:
             raise OSError(errno.ENOTCONN, "the session has no transport to notify through")
         try:
-            self.send([_OUT(16 + sum(len(part) for part in parts), code, 0), *parts])
+            self.send([_OUT(16 + sum(map(_length, parts)), code, 0), *parts])
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENOSYS):
                 return False
@@ -447,17 +530,22 @@ class Session:
 
     def notify_store(self, nodeid: int, offset: int, data: Buffer) -> bool:
         """Put data into the kernel's page cache of a node."""
-        return self._notify(abi.FUSE_NOTIFY_STORE, [_STORE(nodeid, offset, len(data)), data])
+        return self._notify(abi.FUSE_NOTIFY_STORE, [_STORE(nodeid, offset, _length(data)), data])
 
     def notify_retrieve(self, nodeid: int, offset: int, size: int, done: Callable[[int, memoryview], None]) -> bool:
-        """Ask for what the page cache holds; `done(offset, data)` is called later, on a worker's thread."""
-        number = self._retrieve_next
-        self._retrieve_next = number + 1
+        """Ask for what the page cache holds; `done(offset, data)` is called later, on a worker's thread.
+
+        `data` is the request's memory: copy what is kept.
+        """
+        number = next(self._retrieve_numbers)
         self._retrieves[number] = done
-        if self._notify(abi.FUSE_NOTIFY_RETRIEVE, [_RETRIEVE(number, nodeid, offset, size)]):
-            return True
-        del self._retrieves[number]
-        return False
+        found = False
+        try:
+            found = self._notify(abi.FUSE_NOTIFY_RETRIEVE, [_RETRIEVE(number, nodeid, offset, size)])
+        finally:
+            if not found:
+                self._retrieves.pop(number, None)
+        return found
 
     def notify_poll(self, kh: int) -> bool:
         """Wake who polls the handle that POLL named `kh`."""
@@ -519,6 +607,19 @@ def _setattr(
     session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
 ) -> Any:
     return handler(caller, nodeid, _NEW(Setattr, row[2](request, 40)))
+
+
+def _tmpfile(
+    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    # The kernel names a file without a name "/" (vfs_tmpfile): it is skipped, never given on.
+    unpack, start = row[2], row[3]
+    stop = bytes(request[start : start + 257]).find(b"\0")
+    if stop < 0:
+        raise BadRequest(errno.EINVAL)
+    if extlen and session._extended:
+        caller = caller._replace(extensions=Extensions(*parse_extensions(request, start + stop + 1, extlen)))
+    return handler(caller, nodeid, *unpack(request, 40))
 
 
 def _symlink(
@@ -630,34 +731,52 @@ def _not_offered(
     raise BadRequest(errno.ENOSYS)
 
 
-# Checks: replies whose length the request bounds. Too much would make the kernel refuse the write and the caller hang.
+# Checks: replies whose length the request bounds. Too much would make the kernel refuse the write and the caller hang;
+# what is no buffer would end the worker that writes it.
+
+
+def _length(part: Any) -> int:
+    """Give the length of a buffer in bytes (`len` counts items). Raises TypeError for what writev(2) cannot take."""
+    kind = type(part)
+    if kind is bytes or kind is bytearray:
+        return len(part)
+    view = memoryview(part)
+    if not view.c_contiguous:
+        raise TypeError("a reply's buffer has to be contiguous")
+    return view.nbytes
 
 
 def _check_data(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
     size = _READ_SIZE(request, 56)[0]
     kind = type(result)
-    if kind is FileRange:
-        if result.size > size:
-            result = FileRange(result.fd, result.offset, size)
-        return FileReply(unique, result)
-    if kind is list:
-        length = 0
-        for part in result:
-            length += len(part)
-        if length <= size:
-            return [_OUT(16 + length, 0, unique), *result]
-    else:
+    if kind is bytes or kind is bytearray:
         length = len(result)
         if length <= size:
             return [_OUT(16 + length, 0, unique), result]
-    session.bad_replies += 1
-    session.log_once(f"{op.name} gave {length} bytes where {size} were asked for")
-    return [_OUT(16, -EIO, unique)]
+    elif kind is FileRange:
+        fd, offset, count = result
+        plain = type(fd) is type(offset) is type(count) is int
+        if not (plain and 0 <= fd < 1 << 31 and 0 <= offset < 1 << 63 and count >= 0):
+            return session._bad_reply(unique, op, "a range of a file that cannot be")
+        return FileReply(unique, FileRange(fd, offset, min(count, size)))
+    elif kind is list:
+        length = 0
+        for part in result:
+            length += _length(part)
+        if length <= size:
+            if len(result) >= _IOV_MAX:
+                result = [b"".join(result)]
+            return [_OUT(16 + length, 0, unique), *result]
+    else:
+        length = _length(result)
+        if length <= size:
+            return [_OUT(16 + length, 0, unique), result]
+    return session._bad_reply(unique, op, f"{length} bytes where {size} were asked for")
 
 
 def _check_xattr(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
     size = codec.U32.unpack_from(request, 40)[0]
-    length = len(result)
+    length = _length(result)
     if size == 0:
         return [_OUT(24, 0, unique), codec.GETXATTR_OUT.pack(length)]
     if length > size:
@@ -666,22 +785,28 @@ def _check_xattr(session: Session, unique: int, result: Any, request: Any, op: O
 
 
 def _check_link(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
+    if type(result) is not bytes:
+        result = bytes(memoryview(result))
     length = len(result)
-    if 0 < length < session.page_size and b"\0" not in result:
-        return [_OUT(16 + length, 0, unique), result]
-    return [_OUT(16, -(errno.ENAMETOOLONG if length >= session.page_size else EIO), unique)]
+    if length >= session.page_size:
+        return [_OUT(16, -errno.ENAMETOOLONG, unique)]
+    if length == 0 or b"\0" in result:
+        return session._bad_reply(unique, op, "a target that is empty or has a NUL")
+    return [_OUT(16 + length, 0, unique), result]
 
 
 def _check_ioctl(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
     out_size = codec.U32.unpack_from(request, 68)[0]
-    if len(result[1]) > out_size:
-        session.bad_replies += 1
-        session.log_once(f"ioctl gave {len(result[1])} bytes where {out_size} were asked for")
-        return [_OUT(16, -EIO, unique)]
-    data = codec.encode_ioctl(result)
-    return [_OUT(16 + len(data), 0, unique), data]
+    value, data = result
+    length = _length(data)
+    if length > out_size:
+        return session._bad_reply(unique, op, f"{length} bytes where {out_size} were asked for")
+    body = codec.encode_ioctl((value, data))
+    return [_OUT(16 + len(body), 0, unique), body]
 
 
+# writev(2) takes 1024 buffers, IOV_MAX of <limits.h>; one is the header.
+_IOV_MAX = 1024
 _CHECKS = {"data": _check_data, "xattr": _check_xattr, "link": _check_link, "ioctl": _check_ioctl}
 
 _ADAPTERS: dict[str, Any] = {
@@ -691,6 +816,7 @@ _ADAPTERS: dict[str, Any] = {
     "lookup": _lookup,
     "setattr": _setattr,
     "symlink": _symlink,
+    "tmpfile": _tmpfile,
     "rename": _rename,
     "rename2": _rename,
     "link": _link,

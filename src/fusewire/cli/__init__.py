@@ -1,1 +1,282 @@
+"""The command line: `fusewire COMMAND ...`. The only layer that reads argv and the environment.
 
+Each command's module is loaded when it is used: what `run` does not need, it does not pay for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import fusewire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusewire.cli.options import MountOptions
+
+_EPILOG = """\
+examples:
+  fusewire run env.sqsh:/opt/env -- /opt/env/bin/python train.py
+  fusewire mount env.sqsh env && ls env && fusewire umount env
+  fusewire doctor
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and give the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command: list[str] = []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, command = argv[:cut], argv[cut + 1 :]
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    arguments.command = command
+    try:
+        return int(arguments.handler(arguments, parser))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        from fusewire.cli.run import explain
+
+        print(f"fusewire: {explain(error)}", file=sys.stderr)
+        return 125 if arguments.name == "run" else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusewire",
+        description="Mount filesystems without root: squashfs images over FUSE, in a user namespace where need be.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fusewire {fusewire.__version__}")
+    # prog is given, for argparse would load shutil to find it out.
+    commands = parser.add_subparsers(title="commands", dest="name", required=True, metavar="COMMAND", prog="fusewire")
+
+    def add(
+        name: str, handler: Callable[[argparse.Namespace, argparse.ArgumentParser], int], text: str, usage: str | None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            usage=usage,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(handler=handler)
+        return sub
+
+    run = add("run", _run, "run a command with images mounted, seen by it alone", _RUN_USAGE)
+    run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image, and the directory where it appears")
+    _add_options(run)
+    _add_maps(run)
+    run.add_argument("--pid", action="store_true", help="own PID namespace, with a /proc of its own and a reaping init")
+    run.add_argument(
+        "--wait",
+        choices=("command", "all"),
+        default="command",
+        help="keep the mounts until the command ends (default), or until its last background child does",
+    )
+    run.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set for the command")
+    run.add_argument("--cwd", metavar="DIR", help="working directory of the command, inside")
+
+    mount = add("mount", _mount, "mount an image where every shell of the user sees it", None)
+    mount.add_argument("source", metavar="SOURCE")
+    mount.add_argument("target", metavar="TARGET", help="an empty directory, a missing name, or /dev/fd/N")
+    _add_options(mount)
+    _add_maps(mount)
+    mount.add_argument(
+        "--strategy",
+        choices=("auto", "fd", "direct", "fusermount3", "namespace"),
+        default="auto",
+        help="how to mount; auto takes the first that works, in this order",
+    )
+    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
+    mount.add_argument("--json", action="store_true", help="print what was mounted, for a program")
+
+    umount = add("umount", _umount, "unmount, and put back what was at the target", None)
+    umount.add_argument("targets", nargs="*", metavar="TARGET")
+    umount.add_argument("-l", "--lazy", action="store_true", help="also when in use, or when its server hangs")
+    umount.add_argument("-a", "--all", action="store_true", help="all mounts of this user")
+
+    listing = add("list", _list, "list the mounts of this user", None)
+    listing.add_argument("--json", action="store_true")
+
+    execute = add(
+        "exec", _exec, "run a command in the namespace of a mount", "fusewire exec TARGET -- COMMAND [ARG ...]"
+    )
+    execute.add_argument("target", metavar="TARGET")
+
+    path = add("path", _path, "print a path of a mount that works outside of its namespace", None)
+    path.add_argument("target", metavar="TARGET")
+
+    info = add("info", _info, "tell what is in an image", None)
+    info.add_argument("image", metavar="IMAGE")
+    info.add_argument("-o", action="append", default=[], dest="options", metavar="offset=N")
+    info.add_argument("--count", action="store_true", help="walk the image and count files of each type")
+    info.add_argument("--json", action="store_true")
+
+    doctor = add("doctor", _doctor, "check and explain what rootless mounting needs, and try each way", None)
+    doctor.add_argument("--json", action="store_true")
+
+    add("demo", _demo, "show the main job with a small image that comes with Fusewire", None)
+    return parser
+
+
+_RUN_USAGE = "fusewire run SOURCE:TARGET [SOURCE:TARGET ...] [options] -- COMMAND [ARG ...]"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="OPT[,OPT ...]",
+        help="mount options; `-o help` lists them",
+    )
+
+
+def _add_maps(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--map-root", action="store_true", help="be root inside (the caller's files are root's there)")
+    group.add_argument(
+        "--map-ranges", action="store_true", help="map the ranges of /etc/subuid and /etc/subgid too (newuidmap)"
+    )
+    group.add_argument("--map-root-ranges", action="store_true", help="both: be root, with a range of other users")
+    parser.add_argument(
+        "--squash-owner", action="store_true", help="all files of the image belong to the caller (-o squash_owner)"
+    )
+
+
+def _maps(arguments: argparse.Namespace) -> str:
+    if arguments.map_root:
+        return "root"
+    if arguments.map_root_ranges:
+        return "root-ranges"
+    return "ranges" if arguments.map_ranges else "self"
+
+
+def _options(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> MountOptions:
+    from fusewire.cli import options
+
+    if "help" in arguments.options:
+        print(options.describe())
+        sys.exit(0)
+    try:
+        parsed = options.parse(arguments.options)
+    except options.OptionError as error:
+        parser.exit(2, f"fusewire: {error}\n")
+    if getattr(arguments, "squash_owner", False):
+        parsed.squash_owner = True
+    return parsed
+
+
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.run import Run, parse_spec, run
+
+    if arguments.options == ["help"]:
+        _options(arguments, parser)
+    environment = {}
+    for item in arguments.env:
+        name, equals, value = item.partition("=")
+        if not name or not equals:
+            parser.exit(125, f"fusewire: --env {item}: not NAME=VALUE\n")
+        environment[name] = value
+    try:
+        specs = [parse_spec(text) for text in arguments.specs]
+    except ValueError as error:
+        parser.exit(125, f"fusewire: {error}\n")
+    command = arguments.command or [os.environ.get("SHELL") or "/bin/sh"]
+    job = Run(
+        specs,
+        command,
+        _options(arguments, parser),
+        maps=_maps(arguments),
+        own_pids=arguments.pid,
+        wait_all=arguments.wait == "all",
+        environment=environment,
+        cwd=arguments.cwd,
+    )
+    return run(job)
+
+
+def _no_command(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.command:
+        parser.exit(2, f"fusewire: {arguments.name} takes no command after --\n")
+
+
+def _mount(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.mount import Job, mount
+
+    _no_command(arguments, parser)
+    return mount(
+        Job(
+            arguments.source,
+            arguments.target,
+            _options(arguments, parser),
+            strategy=arguments.strategy,
+            maps=_maps(arguments),
+            foreground=arguments.foreground,
+            as_json=arguments.json,
+            program=os.environ.get("FUSERMOUNT_PROG"),
+        )
+    )
+
+
+def _umount(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.umount import umount
+
+    _no_command(arguments, parser)
+    if bool(arguments.targets) == arguments.all:
+        parser.exit(2, "fusewire: umount takes TARGETs, or --all\n")
+    return umount(
+        arguments.targets,
+        lazy=arguments.lazy,
+        everything=arguments.all,
+        program=os.environ.get("FUSERMOUNT_PROG"),
+    )
+
+
+def _exec(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.umount import execute
+
+    execute(arguments.target, arguments.command or [os.environ.get("SHELL") or "/bin/sh"])
+
+
+def _path(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.umount import path_of
+
+    return path_of(arguments.target)
+
+
+def _list(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.listing import list_mounts
+
+    return list_mounts(json=arguments.json)
+
+
+def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.info import info
+
+    return info(arguments.image, offset=_options(arguments, parser).offset, count=arguments.count, json=arguments.json)
+
+
+def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.doctor import doctor
+
+    return doctor(json=arguments.json)
+
+
+def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from fusewire.cli.demo import demo
+
+    return demo()

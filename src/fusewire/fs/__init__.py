@@ -1,1 +1,1 @@
-
+"""Filesystems. Each is an `Operations`; none knows which transport serves it."""

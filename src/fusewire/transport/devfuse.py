@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from _thread import allocate_lock
 from typing import TYPE_CHECKING, Any
 
 from fusewire.session import FileReply, Session
@@ -36,6 +37,12 @@ class Channel:
         self.clone_fd = clone_fd
         self.ended = False
         self._counts: list[list[int]] = []
+        self._lock = (
+            allocate_lock()
+        )  # over fd, _clones, _serving and _stale where they change, and where a clone is borrowed
+        self._clones: list[int] = []
+        self._serving = 0
+        self._stale = -1
         session.page_size = os.sysconf("SC_PAGE_SIZE")
         session.send = self.send
 
@@ -45,21 +52,31 @@ class Channel:
         return sum(count[0] for count in self._counts)
 
     def send(self, buffers: list[Buffer]) -> None:
-        """Write one message: a late reply, or a notification. Raises OSError as the kernel gives it."""
-        try:
+        """Write one message: a late reply, or a notification. Raises OSError as the kernel gives it to a notification.
+
+        A late reply never fails: nobody waits for it any more, or the kernel refuses it and its caller gets EIO.
+        """
+        unique = codec.OUT_HEADER.unpack_from(buffers[0])[2]
+        if not unique:
             os.writev(self.fd, buffers)
-        except OSError as error:
-            # A late reply that nobody waits for any more is no fault; a notification's ENOENT is its answer.
-            if error.errno == _NOBODY_WAITS and codec.OUT_HEADER.unpack_from(buffers[0])[2]:
+            return
+        # Only the descriptor that a request was read from takes its answer; to the others it is unknown (ENOENT).
+        with self._lock:
+            for fd in (self.fd, *self._clones):
+                try:
+                    os.writev(fd, buffers)
+                except OSError as error:
+                    if error.errno == _NOBODY_WAITS or error.errno in _ENDED:
+                        continue
+                    self._refused(fd, unique, error)
                 return
-            raise
 
     def serve(self, trace: Callable[[Any, Any], None] | None = None) -> None:
         """Serve requests on this thread until the connection ends: unmounted, aborted, or closed.
 
         Raises OSError for what the device should never say (EIO, EFAULT, ...).
         """
-        fd = self._clone() if self.clone_fd and self._counts else self.fd
+        fd = shared = self._enter()
         count = [0]
         self._counts.append(count)
         # The kernel refuses a buffer smaller than max(8192, header + write_in + max_write) with EINVAL.
@@ -68,6 +85,8 @@ class Channel:
         vector = [buffer]
         handle, readv, writev = self.session.handle, os.readv, os.writev
         try:
+            if self.clone_fd and len(self._counts) > 1:
+                fd = self._clone()
             if not self.session.ready and not self._handshake(fd, buffer, trace):
                 return
             while True:
@@ -95,14 +114,30 @@ class Channel:
                         continue
                     if error.errno in _ENDED:
                         return
-                    self._refused(fd, view, error)
+                    self._refused(fd, codec.IN_HEADER.unpack_from(view)[2], error)
         finally:
+            self._leave(fd if fd != shared else -1)
+
+    def _enter(self) -> int:
+        with self._lock:
+            if self.fd < 0:
+                raise OSError(errno.EBADF, "the channel is closed")
+            self._serving += 1
+            return self.fd
+
+    def _leave(self, clone: int) -> None:
+        with self._lock:
             self.ended = True
-            if fd != self.fd:
-                os.close(fd)
+            if clone >= 0:
+                self._clones.remove(clone)
+                os.close(clone)
+            self._serving -= 1
+            if self._serving == 0 and self._stale >= 0:
+                os.close(self._stale)
+                self._stale = -1
 
     def _handshake(self, fd: int, buffer: bytearray, trace: Callable[[Any, Any], None] | None) -> bool:
-        """Serve INIT and say so through `on_ready` once its answer is with the kernel; give False if there is no INIT."""
+        """Serve INIT and say so through `on_ready` once its answer is with the kernel; False if there is no INIT."""
         session = self.session
         while not session.ready:
             try:
@@ -125,9 +160,8 @@ class Channel:
             session.on_ready()
         return True
 
-    def _refused(self, fd: int, request: memoryview, error: OSError) -> None:
+    def _refused(self, fd: int, unique: int, error: OSError) -> None:
         """Answer EIO when the kernel would not take a reply: the caller must not wait for ever."""
-        unique = codec.IN_HEADER.unpack_from(request)[2]
         self.session.bad_replies += 1
         self.session.log_once("the kernel refused a reply", error)
         try:
@@ -157,10 +191,27 @@ class Channel:
         except OSError:
             os.close(clone)
             raise
+        with self._lock:
+            self._clones.append(clone)
         return clone
 
     def close(self) -> None:
-        """Close the descriptor. The last one of a connection ends it: whoever waits gets ENOTCONN."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        """Close the descriptor. The last one of a connection ends it: whoever waits gets ENOTCONN.
+
+        close(2) does not wake a thread that sits in read(2), which holds the connection: unmount or abort first where
+        workers still serve. Until they have left, the descriptor's number stays taken by something that cannot be
+        read, so that none of them ever reads a file that was opened meanwhile.
+        """
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            if fd < 0:
+                return
+            if self._serving == 0:
+                os.close(fd)
+                return
+            self._stale = fd
+            null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.dup2(null, fd, inheritable=False)
+            finally:
+                os.close(null)

@@ -1,7 +1,7 @@
 """Encoders and decoders on the way of every request.
 
 Layer `wire`: bytes in, bytes out; no I/O, no state. An encoder takes what a handler returned and gives the reply's
-body. A handler that already has the body in wire form returns `bytes` or `bytearray`, which pass unchanged.
+body. A handler of an entry or of attributes that has them in wire form already returns `bytes`, which pass unchanged.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ GETXATTR_OUT = layout("fuse_getxattr_out")
 FILE_LOCK = layout("fuse_file_lock")
 IOCTL_OUT = layout("fuse_ioctl_out")
 POLL_OUT = layout("fuse_poll_out")
-STATX_PREFIX = Struct("=QII16x")
-STATX = layout("fuse_statx")
+STATX_OUT = layout("fuse_statx_out")
 DIRENT = layout("fuse_dirent")
 DIRENTPLUS = Struct(ENTRY_OUT.format + DIRENT.format[1:])
 FORGET_ONE = layout("fuse_forget_one")
@@ -48,6 +47,8 @@ def timeout(seconds: float) -> tuple[int, int]:
 def encode_entry(result: Any) -> bytes:
     """(nodeid, attr, entry_timeout, attr_timeout, generation) -> fuse_entry_out."""
     if type(result) is bytes:
+        if len(result) != 128:
+            raise ValueError("an entry in wire form has 128 bytes")
         return result
     nodeid, attr, entry_timeout, attr_timeout, generation = result
     es, en = timeout(entry_timeout)
@@ -58,6 +59,8 @@ def encode_entry(result: Any) -> bytes:
 def encode_attr(result: Any) -> bytes:
     """(attr, timeout) -> fuse_attr_out."""
     if type(result) is bytes:
+        if len(result) != 104:
+            raise ValueError("attributes in wire form have 104 bytes")
         return result
     attr, seconds = result
     whole, nano = timeout(seconds)
@@ -112,7 +115,7 @@ def encode_statx(result: Any) -> bytes:
     """(fields of fuse_statx without padding, timeout, flags) -> fuse_statx_out."""
     fields, seconds, flags = result
     whole, nano = timeout(seconds)
-    return STATX_PREFIX.pack(whole, nano, flags) + STATX.pack(*fields)
+    return STATX_OUT.pack(whole, nano, flags, *fields)
 
 
 def encode_none(result: Any) -> bytes:
@@ -168,8 +171,11 @@ class DirBuffer:
             self.data += bytes(128)
         else:
             self.data += encode_entry(entry)
-            attr = entry[1]
-            ino, dtype = attr[0], attr[9] >> 12
+            if type(entry) is bytes:
+                (ino,), (mode,) = U64.unpack_from(entry, 40), U32.unpack_from(entry, 100)
+            else:
+                ino, mode = entry[1][0], entry[1][9]
+            dtype = mode >> 12
         length = len(name)
         self.data += DIRENT.pack(ino, cookie, length, dtype)
         self.data += name

@@ -17,6 +17,18 @@ _ATTR = (
     "mode:I nlink:I uid:I gid:I rdev:I blksize:I flags:I"
 )
 
+_STATX = (
+    "mask:I blksize:I attributes:Q nlink:I uid:I gid:I mode:H ___spare0:2s ino:Q size:Q blocks:Q attributes_mask:Q "
+    "atime.tv_sec:q atime.tv_nsec:I _atime.__reserved:i btime.tv_sec:q btime.tv_nsec:I _btime.__reserved:i "
+    "ctime.tv_sec:q ctime.tv_nsec:I _ctime.__reserved:i mtime.tv_sec:q mtime.tv_nsec:I _mtime.__reserved:i "
+    "rdev_major:I rdev_minor:I dev_major:I dev_minor:I ___spare2:112s"
+)
+
+
+def _embed(member: str, fields: str) -> str:
+    return " ".join(f"_{member}.{f[1:]}" if f.startswith("_") else f"{member}.{f}" for f in fields.split())
+
+
 # C struct -> its fields in order. A field named with a leading underscore is padding: encoded as zeros, skipped when
 # decoding. "attr.", "lk.", "st." and "stat." prefixes are members of an embedded struct.
 LAYOUTS: dict[str, str] = {
@@ -24,14 +36,12 @@ LAYOUTS: dict[str, str] = {
     "fuse_out_header": "len:I error:i unique:Q",
     "fuse_attr": _ATTR,
     "fuse_entry_out": "nodeid:Q generation:Q entry_valid:Q attr_valid:Q entry_valid_nsec:I attr_valid_nsec:I "
-    + " ".join("attr." + field for field in _ATTR.split()),
-    "fuse_attr_out": "attr_valid:Q attr_valid_nsec:I _dummy:I " + " ".join("attr." + f for f in _ATTR.split()),
+    + _embed("attr", _ATTR),
+    "fuse_attr_out": "attr_valid:Q attr_valid_nsec:I _dummy:I " + _embed("attr", _ATTR),
     "fuse_statx_in": "getattr_flags:I _reserved:I fh:Q sx_flags:I sx_mask:I",
     "fuse_sx_time": "tv_sec:q tv_nsec:I ___reserved:i",
-    "fuse_statx": "mask:I blksize:I attributes:Q nlink:I uid:I gid:I mode:H ___spare0:2s ino:Q size:Q blocks:Q "
-    "attributes_mask:Q atime.tv_sec:q atime.tv_nsec:I _atime.__reserved:i btime.tv_sec:q btime.tv_nsec:I "
-    "_btime.__reserved:i ctime.tv_sec:q ctime.tv_nsec:I _ctime.__reserved:i mtime.tv_sec:q mtime.tv_nsec:I "
-    "_mtime.__reserved:i rdev_major:I rdev_minor:I dev_major:I dev_minor:I ___spare2:112s",
+    "fuse_statx": _STATX,
+    "fuse_statx_out": "attr_valid:Q attr_valid_nsec:I flags:I _spare:16s " + _embed("stat", _STATX),
     "fuse_kstatfs": "blocks:Q bfree:Q bavail:Q files:Q ffree:Q bsize:I namelen:I frsize:I _padding:I _spare:24s",
     "fuse_file_lock": "start:Q end:Q type:I pid:I",
     "fuse_forget_in": "nlookup:Q",

@@ -1,0 +1,143 @@
+"""Draws the results of a run: python benchmarks/chart.py RESULTS.json CHART.png.
+
+Needs matplotlib, and nothing else here does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {
+    "Fusewire": "#d1495b",
+    "Fusewire, 1 thread": "#e79aa3",
+    "C": "#3d3d3d",
+    "kernel": "#3d3d3d",
+    "squashfuse_ll": "#2e86ab",
+    "squashfuse_ll (given)": "#59a5c4",
+    "squashfuse": "#8fb8ca",
+    "ratarmount": "#c9a227",
+    "pyfuse3": "#2e86ab",
+    "mfusepy": "#c9a227",
+    "mfusepy, 1 thread": "#e0c46c",
+}
+CASES = {
+    "walk": "walk\n+ stat",
+    "sequential": "sequential",
+    "parallel": "4 readers",
+    "random1": "random\n1 thread",
+    "random4": "random\n4 threads",
+    "tar": "tar",
+    "grep": "grep -r",
+    "mount": "mount",
+}
+GOALS = {"walk": 0.5, "sequential": 0.6, "parallel": 0.57, "random1": 0.9, "random4": 0.9, "tar": 1.0, "grep": 1.0}
+
+
+def _bars(axes: Any, names: list[str], groups: list[str], values: dict[str, list[float | None]]) -> None:
+    """Draw one group of bars per label with the figure on top of each."""
+    width = 0.84 / max(1, len(names))
+    for index, name in enumerate(names):
+        at = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
+        heights = [value or 0 for value in values[name]]
+        bars = axes.bar(at, heights, width * 0.94, label=name, color=COLOURS.get(name, "#999999"))
+        labels = ["" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in values[name]]
+        axes.bar_label(bars, labels, fontsize=6, padding=1)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _floor(axes: Any, results: dict[str, Any], case: str, title: str) -> None:
+    names = list(results["servers"])
+    operations = list(results["servers"][names[0]])
+    values = {name: [results["servers"][name][operation][case]["us"] for operation in operations] for name in names}
+    _bars(axes, names, [operation.upper() for operation in operations], values)
+    axes.set_yscale("log")
+    axes.set_ylabel("µs per request", fontsize=8)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
+    """Draw times as multiples of squashfuse_ll's, cut at 3, with the goals as lines."""
+    servers = image["servers"]
+    base = servers.get("squashfuse_ll", {})
+    cases = [case for case in CASES if "seconds" in base.get(case, {})]
+    names = [name for name in servers if any("seconds" in servers[name].get(case, {}) for case in cases)]
+    values: dict[str, list[float | None]] = {}
+    for name in names:
+        seconds = [servers[name].get(case, {}).get("seconds") for case in cases]
+        values[name] = [
+            None if second is None else second / base[case]["seconds"]
+            for case, second in zip(cases, seconds, strict=True)
+        ]
+    _bars(axes, names, [CASES[case] for case in cases], values)
+    for text in axes.texts:  # a bar that is cut keeps its figure
+        text.set_clip_on(False)
+        if text.xy[1] > 3:
+            text.xy = (text.xy[0], 3)
+    for index, case in enumerate(cases):
+        if case in GOALS:
+            axes.plot([index - 0.45, index + 0.45], [GOALS[case]] * 2, color="#d1495b", linewidth=1, linestyle=":")
+    axes.set_ylim(0, 3)
+    axes.set_ylabel("time, squashfuse_ll = 1", fontsize=8)
+    facts = image["facts"]
+    size = f"{facts['files']:,} files, {facts['content_bytes'] / 1e6:,.0f} MB in {facts['image_bytes'] / 1e6:,.0f} MB"
+    axes.set_title(
+        f"{compressor} image of /usr: {size} (less is better; dotted: goal)", fontsize=10, loc="left", pad=12
+    )
+    axes.legend(fontsize=7, frameon=False, ncols=len(names))
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write the chart of all suites that the results hold."""
+    panels: list[Any] = []
+    if "floor" in results:
+        floor = results["floor"]
+        panels.append(lambda axes: _floor(axes, floor, "latency", "One request, caching off (less is better)"))
+        panels.append(
+            lambda axes: _floor(axes, floor, "parallel", f"{floor['clients']} clients at once, time per request of all")
+        )
+    for compressor, image in results.get("images", {}).get("images", {}).items():
+        if "squashfuse_ll" in image["servers"]:
+            panels.append(lambda axes, c=compressor, i=image: _image(axes, c, i))
+    startup = results.get("startup", {})
+    if "ratio" in startup:
+
+        def start(axes: Any) -> None:
+            labels = ["python -c pass", "fusewire run image:/mnt -- true"]
+            bars = axes.barh(
+                labels, [startup["python_ms"], startup["fusewire_ms"]], color=["#3d3d3d", "#d1495b"], height=0.5
+            )
+            axes.bar_label(bars, fmt="%.1f ms", fontsize=8, padding=3)
+            axes.axvline(6 * startup["python_ms"], color="#d1495b", linewidth=1, linestyle=":")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8)
+            axes.set_title("Start-up (dotted: goal)", fontsize=10, loc="left")
+
+        panels.append(start)
+    if not panels:
+        sys.exit("chart: the results hold nothing to draw")
+    figure, grid = plt.subplots(len(panels), 1, figsize=(10, 3.1 * len(panels)), squeeze=False)
+    for row, panel in zip(grid, panels, strict=True):
+        panel(row[0])
+    facts = results["machine"]
+    figure.suptitle(
+        f"Fusewire benchmarks: Linux {facts['kernel']}, {facts['cpus']} CPUs, {facts['python']}"
+        + (" (quick mode)" if results["quick"] else ""),
+        fontsize=11,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

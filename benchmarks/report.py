@@ -1,0 +1,267 @@
+"""Turns the figures of a run into goals, each met or not, and into tables for a person."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any, NamedTuple
+
+import floor
+import images
+
+# The block cache that a Fusewire server has unless told otherwise; memory goals are beside it.
+BLOCK_CACHE_MIB = 64
+MEMORY_MIB = BLOCK_CACHE_MIB + 40
+
+
+class Goal(NamedTuple):
+    """One promise: `value` is to be at most `limit` (or at least, when `least`)."""
+
+    suite: str
+    text: str
+    value: float
+    limit: float
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.least else self.value <= self.limit
+
+
+# Against Debian's squashfuse_ll. A multi-threaded squashfuse 0.6.2 needs 0.57 of its time for four readers.
+_IMAGE_GOALS = {
+    "walk": 0.5,
+    "sequential": 0.6,
+    "parallel": 0.57,
+    "random1": 0.9,
+    "random4": 0.9,
+    "tar": 1.0,
+    "grep": 1.0,
+}
+
+
+def goals(results: dict[str, Any]) -> list[Goal]:
+    """Give every goal that the results have both figures for."""
+    found: list[Goal] = []
+    if "floor" in results:
+        found += _floor_goals(results["floor"])
+    if "images" in results:
+        found += _image_goals(results["images"])
+    startup = results.get("startup", {})
+    if "ratio" in startup:
+        found.append(Goal("start-up", "run -- true against python -c pass", startup["ratio"], 6))
+    return found
+
+
+def _floor_goals(results: dict[str, Any]) -> list[Goal]:
+    servers = results["servers"]
+    found: list[Goal] = []
+    if floor.FUSEWIRE not in servers or floor.C not in servers:
+        return found
+
+    def times(name: str, other: str, operation: str, case: str = "latency") -> float:
+        return paired(servers[name][operation][case]["samples_us"], servers[other][operation][case]["samples_us"])
+
+    for operation in floor.OPERATIONS:
+        ratio = times(floor.FUSEWIRE, floor.C, operation)
+        found.append(Goal("floor", f"{operation}: latency, times the C server's", ratio, 1.15))
+    for operation in floor.OPERATIONS:
+        ratio = times(floor.FUSEWIRE, floor.C, operation, "parallel")
+        text = f"{operation}: time for the same work, {results['clients']} clients, times C's"
+        found.append(Goal("floor", text, ratio, 1.5))
+    # mfusepy runs with a pool of threads or with one: like is compared with like, and the smaller figure counts.
+    pairs = {
+        floor.PYFUSE3: ((floor.FUSEWIRE, floor.PYFUSE3),),
+        floor.MFUSEPY: ((floor.FUSEWIRE, floor.MFUSEPY), (floor.FUSEWIRE_1, floor.MFUSEPY_1)),
+    }
+    for peer, limit in ((floor.PYFUSE3, 2.0), (floor.MFUSEPY, 1.2)):
+        there = [(ours, theirs) for ours, theirs in pairs[peer] if ours in servers and theirs in servers]
+        for operation in floor.OPERATIONS if there else ():
+            ratio, theirs = min((times(theirs, ours, operation), theirs) for ours, theirs in there)
+            possible = times(theirs, floor.C, operation)
+            text = f"{operation}: times faster than {theirs} (the C server: {possible:.2f})"
+            found.append(Goal("floor", text, ratio, limit, least=True))
+    return found
+
+
+def _image_goals(results: dict[str, Any]) -> list[Goal]:
+    found: list[Goal] = []
+    for compressor, image in results["images"].items():
+        servers = image["servers"]
+        ours = servers.get(images.FUSEWIRE, {})
+        for case, limit in _IMAGE_GOALS.items():
+            ratio = _ratio(servers, images.FUSEWIRE, images.LOW_LEVEL, case)
+            if ratio is not None:
+                text = f"{compressor}: {images.TITLES[case]}, against squashfuse_ll"
+                found.append(Goal("images", text, ratio, limit))
+        ratio = _ratio(servers, images.FUSEWIRE, images.KERNEL, "walk")
+        if ratio is not None:
+            found.append(Goal("images", f"{compressor}: {images.TITLES['walk']}, against the kernel", ratio, 1.0))
+        peaks = [figure["server_peak_mib"] for figure in ours.values() if "server_peak_mib" in figure]
+        if peaks:
+            text = f"{compressor}: peak memory of the server, MiB (block cache of {BLOCK_CACHE_MIB} MiB and 40)"
+            found.append(Goal("images", text, max(peaks), MEMORY_MIB))
+    return found
+
+
+def _ratio(servers: dict[str, Any], name: str, other: str, case: str) -> float | None:
+    ours = servers.get(name, {}).get(case, {})
+    theirs = servers.get(other, {}).get(case, {})
+    return paired(ours["samples"], theirs["samples"]) if "seconds" in ours and "seconds" in theirs else None
+
+
+def paired(ours: list[float], theirs: list[float]) -> float:
+    """Give the median of the rounds' ratios: both samples of a round were taken close to one another."""
+    if len(ours) != len(theirs):
+        return median(ours) / median(theirs)
+    return median(our / their for our, their in zip(ours, theirs, strict=True))
+
+
+# ---- tables ----
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Lay out rows under a head; the first column is text, the others end at the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+        if number == 0:
+            lines.append("  " + "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def text(results: dict[str, Any]) -> str:
+    """Give the whole report."""
+    facts = results["machine"]
+    system = f"Linux {facts['kernel']} {facts['architecture']}, {facts['cpus']} CPUs ({facts['cpu']})"
+    parts = [f"{system}, {facts['python']}, load {facts['load_before']} at the start"]
+    if facts["load_before"] > 0.5 * facts["cpus"]:
+        parts.append("The machine was busy: do not trust these figures.")
+    if results["quick"]:
+        parts.append(
+            "Quick mode: a small image and few rounds. Its figures show that things work, not how fast they are."
+        )
+    if "floor" in results:
+        parts += _floor_tables(results["floor"])
+    if "images" in results:
+        parts += _image_tables(results["images"])
+    if "startup" in results:
+        parts.append(_startup_text(results["startup"]))
+    parts.append(goal_table(goals(results)))
+    return "\n\n".join(parts)
+
+
+def _floor_tables(results: dict[str, Any]) -> list[str]:
+    parts = []
+    servers = results["servers"]
+    titles = {
+        "latency": f"Floor: microseconds per request, one client; server threads: {results['threads']} "
+        "(in brackets: times the C server, median of the rounds' ratios)",
+        "latency_one_cpu": "Floor: the same with client and server on one CPU",
+        "parallel": f"Floor: {results['clients']} clients at once, microseconds per request of all together",
+    }
+    for case, title in titles.items():
+        rows = [["server", *floor.OPERATIONS]]
+        for name, operations in servers.items():
+            cells = []
+            for operation in floor.OPERATIONS:
+                figure = operations[operation][case]
+                cells.append(f"{figure['us']:.1f} ({figure['times_c']:.2f})")
+            rows.append([_versioned(name, results), *cells])
+        parts.append(f"{title}\n{_table(rows)}")
+    rows = [["server", *floor.OPERATIONS]]
+    for name, operations in servers.items():
+        cells = [f"{operations[operation]['latency_one_cpu']['server_cpu_us']:.1f}" for operation in floor.OPERATIONS]
+        rows.append([_versioned(name, results), *cells])
+    parts.append(f"Floor: CPU of the server per request, microseconds, one client on the same CPU\n{_table(rows)}")
+    return parts + _missing(results)
+
+
+def _image_tables(results: dict[str, Any]) -> list[str]:
+    parts = [f"Images: {results['caches']}; medians of {results['rounds']} rounds ({images.RATARMOUNT}: 1)"]
+    for compressor, image in results["images"].items():
+        facts, servers = image["facts"], image["servers"]
+        size = (
+            f"{facts['files']} files, {facts['content_bytes'] / 1e6:.0f} MB, image {facts['image_bytes'] / 1e6:.0f} MB"
+        )
+        names = list(servers)
+        cases = [case for case in (*images.CASES, "mount") if any(case in servers[name] for name in names)]
+        rows = [["seconds", *(_versioned(name, results) for name in names)]]
+        rows += [[_title(case, facts), *(_seconds(servers[name].get(case, {})) for name in names)] for case in cases]
+        parts.append(f"Image {compressor}: {size}\n{_table(rows)}")
+        others = [name for name in (images.LOW_LEVEL, images.GIVEN, images.KERNEL) if name in servers]
+        if images.FUSEWIRE in servers and others:
+            rows = [["Fusewire against", *others]]
+            for case in cases:
+                ratios = [_ratio(servers, images.FUSEWIRE, other, case) for other in others]
+                rows.append([images.TITLES[case], *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+            parts.append(_table(rows))
+        users = [name for name in names if name != images.KERNEL]
+        if users:
+            rows = [["server CPU s / peak MiB", *users]]
+            rows += [
+                [images.TITLES[case], *(_cost(servers[name].get(case, {})) for name in users)]
+                for case in cases
+                if case != "mount"
+            ]
+            parts.append(_table(rows))
+        for name in names:
+            for case, figure in servers[name].items():
+                words = figure.get("trouble") or figure.get("remark")
+                if words and words != "not measured":
+                    parts.append(f"  {name}, {images.TITLES[case]}: {words}")
+    return parts + _missing(results)
+
+
+def _title(case: str, facts: dict[str, Any]) -> str:
+    if case in ("sequential", "parallel"):
+        return f"{images.TITLES[case]} ({facts['largest_bytes'] / 1e6:.0f} MB)"
+    return images.TITLES[case]
+
+
+def _seconds(figure: dict[str, Any]) -> str:
+    if "seconds" in figure:
+        return f"{figure['seconds']:.3f}"
+    trouble = figure.get("trouble", "")
+    return trouble if trouble.startswith("more than") else "-" if trouble in ("", "not measured") else "failed"
+
+
+def _cost(figure: dict[str, Any]) -> str:
+    if "server_cpu_seconds" not in figure:
+        return "-"
+    return f"{figure['server_cpu_seconds']:.2f} / {figure['server_peak_mib']:.0f}"
+
+
+def _versioned(name: str, results: dict[str, Any]) -> str:
+    version = results["versions"].get(name, "")
+    return name if version in ("", "ours", "unknown") or name == images.KERNEL else f"{name} {version}"
+
+
+def _missing(results: dict[str, Any]) -> list[str]:
+    return [f"  {name} is missing: {reason}" for name, reason in results["missing"].items()]
+
+
+def _startup_text(results: dict[str, Any]) -> str:
+    if "missing" in results:
+        return f"Start-up: {results['missing']}"
+    return (
+        f"Start-up, median of {results['rounds']}: fusewire run image:{results['target']} -- true "
+        f"{results['fusewire_ms']:.1f} ms, python -c pass {results['python_ms']:.1f} ms, ratio {results['ratio']:.2f}"
+    )
+
+
+def goal_table(found: list[Goal]) -> str:
+    """Give all goals with their figures."""
+    if not found:
+        return "Goals: none could be judged (Fusewire or what it is compared with is missing)"
+    rows = [["goal", "figure", "limit", "met"]]
+    for goal in found:
+        sign = ">=" if goal.least else "<="
+        verdict = "yes" if goal.met else "NO"
+        rows.append([f"{goal.suite}: {goal.text}", f"{goal.value:.2f}", f"{sign} {goal.limit:g}", verdict])
+    met = sum(goal.met for goal in found)
+    return f"Goals: {met} of {len(found)} met\n{_table(rows)}"

@@ -1,0 +1,135 @@
+"""Runs the benchmarks: python benchmarks/run.py [floor|images|startup|all] [--quick]; README.md says more."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import floor
+import images
+import report
+import startup
+from harness import HERE, Bench, BenchError, MissingError, Progress, machine
+
+SUITES = ("floor", "images", "startup")
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "fusewire-bench")
+
+
+def _names(text: str) -> set[str]:
+    return {name.strip().lower() for name in text.split(",") if name.strip()}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/run.py", description="Measures Fusewire beside its peers.")
+    parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("--quick", action="store_true", help="under two minutes: a small image, few rounds")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of floor and images (default: 31 and 5; quick: 7 and 2)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="where the figures go (default: in the cache directory)"
+    )
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE.png", help="where the chart goes (default: in the cache directory)"
+    )
+    parser.add_argument("--no-chart", action="store_true", help="draw none")
+    parser.add_argument(
+        "--cache", type=Path, default=_default_cache(), metavar="DIR", help="images, peers, compiled programs"
+    )
+    parser.add_argument("--squashfuse-ll", metavar="PATH", help="another squashfuse_ll to measure beside Debian's")
+    parser.add_argument("--servers", type=_names, default=set(), metavar="A,B", help="only these servers")
+    parser.add_argument(
+        "--cases", type=_names, default=set(), metavar="A,B", help=f"only these cases: {', '.join(images.CASES)}"
+    )
+    parser.add_argument(
+        "--compressors", type=_names, default=set(images.COMPRESSORS), metavar="A,B", help="only these images"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="floor: threads of our two servers (default: Fusewire's default)"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is not met")
+    arguments = parser.parse_args()
+    unknown = arguments.cases - set(images.CASES)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(images.CASES)}")
+    if arguments.rounds is not None and arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    return arguments
+
+
+def _measure(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    wanted = SUITES if arguments.suite == "all" else (arguments.suite,)
+    results: dict[str, Any] = {"machine": machine(), "quick": arguments.quick}
+    with Bench(arguments.cache.resolve(), quick=arguments.quick, progress=progress) as bench:
+        if "floor" in wanted:
+            rounds = arguments.rounds or (7 if arguments.quick else 31)
+            results["floor"] = floor.run(bench, rounds, arguments.servers, arguments.threads)
+        if "startup" in wanted:
+            results["startup"] = startup.run(bench, 20)
+        if "images" in wanted:
+            compressors = tuple(name for name in images.COMPRESSORS if name in arguments.compressors)
+            results["images"] = images.run(
+                bench,
+                arguments.rounds or (2 if arguments.quick else 5),
+                arguments.squashfuse_ll,
+                arguments.servers,
+                arguments.cases,
+                compressors,
+            )
+        if not arguments.no_chart:
+            results["chart_python"] = _chart_python(bench)
+    return results
+
+
+def _chart_python(bench: Bench) -> str:
+    """Give an interpreter that has matplotlib: this one, else the peers' environment; "" when neither can."""
+    probe = [sys.executable, "-c", "import matplotlib"]
+    if subprocess.run(probe, capture_output=True).returncode == 0:
+        return sys.executable
+    try:
+        return str(bench.peer("matplotlib", "matplotlib"))
+    except MissingError as reason:
+        print(f"no chart: {reason}", file=sys.stderr)
+        return ""
+
+
+def main() -> int:
+    """Measure, print, write; gives the exit status."""
+    arguments = _arguments()
+    progress = Progress()
+    try:
+        results = _measure(arguments, progress)
+    except KeyboardInterrupt:
+        print("stopped; everything is unmounted", file=sys.stderr)
+        return 130
+    except BenchError as reason:
+        print(f"benchmarks: {reason}", file=sys.stderr)
+        return 1
+    python = results.pop("chart_python", "")
+    found = report.goals(results)
+    results["goals"] = [{**goal._asdict(), "met": goal.met, "value": round(goal.value, 4)} for goal in found]
+    print(report.text(results))
+    suffix = "-quick" if arguments.quick else ""
+    json_path = arguments.json or arguments.cache / f"results-{arguments.suite}{suffix}.json"
+    json_path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nFigures: {json_path}")
+    if python:
+        chart = arguments.chart or json_path.with_suffix(".png")
+        done = subprocess.run(
+            [python, str(HERE / "chart.py"), str(json_path), str(chart)], capture_output=True, text=True
+        )
+        print(f"Chart:   {chart}" if done.returncode == 0 else f"no chart: {done.stderr.strip()[-300:]}")
+    return 1 if arguments.check and not all(goal.met for goal in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""`fusewire mount SOURCE TARGET`: a server in the background, a mount that every shell of the user can use.
+
+Layer `cli`. The process that was started forks the server, waits on a pipe until INIT has been answered, and leaves.
+The server is the holder of the mount, in a session of its own; it never looks into the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from fusewire.cli import state
+from fusewire.cli.run import explain
+from fusewire.cli.supervise import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from fusewire.cli.options import MountOptions
+    from fusewire.linux.mount_base import Mount
+    from fusewire.serve import Server
+
+_ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+_PATIENCE = 5.0
+
+
+class Job:
+    """What to mount where, and how."""
+
+    __slots__ = ("as_json", "foreground", "maps", "options", "program", "source", "strategy", "target")
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        options: MountOptions,
+        *,
+        strategy: str = "auto",
+        maps: str = "self",
+        foreground: bool = False,
+        as_json: bool = False,
+        program: str | None = None,
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.options = options
+        self.strategy = strategy
+        self.maps = maps
+        self.foreground = foreground
+        self.as_json = as_json
+        self.program = program
+
+
+def mount(job: Job) -> int:
+    """Mount, and give the exit status: 0 once the mount can be used."""
+    if job.foreground:
+        try:
+            _Daemon(job).run(None)
+        except OSError as error:
+            print(f"fusewire: {explain(error)}", file=sys.stderr)
+            return EXIT_FAILED
+        return 0
+    told, tell = os.pipe()
+    server = os.fork()
+    if server == 0:
+        os.close(told)
+        code = EXIT_FAILED
+        try:
+            # Ctrl-C before the mount is ready ends both of us: the signal waits until the server looks for it.
+            _Daemon(job).run(tell)
+            code = 0
+        except OSError as error:
+            _say(tell, b"E" + os.fsencode(explain(error)))
+        except BaseException:  # noqa: BLE001 - the child's last stop
+            import traceback
+
+            _say(tell, b"E" + os.fsencode(traceback.format_exc()))
+        finally:
+            os._exit(code)
+    os.close(tell)
+    answer = b""
+    while part := os.read(told, 65536):
+        answer += part
+    os.close(told)
+    if answer.startswith(b"R"):
+        sys.stdout.write(os.fsdecode(answer[1:]))
+        return 0
+    _, status = os.waitpid(server, 0)
+    from fusewire.cli.run import describe
+
+    text = os.fsdecode(answer[1:]) or f"the server died before the mount was ready ({describe(status)})"
+    print(f"fusewire: {text}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _say(tell: int, message: bytes) -> None:
+    try:
+        os.write(tell, message)
+    except OSError:
+        pass  # it has been told already, and the pipe is closed
+
+
+class _Daemon:
+    """The server process of one mount, from opening the source to clearing up."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.store = state.of_user(os.environ)
+        self.record: state.Record | None = None
+        self.mount: Mount | None = None
+        self.server: Server | None = None
+
+    def run(self, tell: int | None) -> None:
+        """Mount, report, serve until the mount is gone, clear up."""
+        control = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        try:
+            report = self._begin()
+            assert self.record is not None
+            control = state.ControlServer(self.record.control, {"status": self._status, "umount": self._umount})
+            control.start()
+            if tell is None:
+                sys.stdout.write(report)
+                sys.stdout.flush()
+            else:
+                from fusewire.linux import process
+
+                _say(tell, b"R" + os.fsencode(report))
+                os.close(tell)
+                process.detach_from_terminal()
+            self._wait()
+        finally:
+            self._clear_up()
+            if control is not None:
+                control.close()
+            if self.record is not None:
+                self.store.remove(self.record)
+
+    def _begin(self) -> str:
+        from fusewire.cli.run import plan_of
+        from fusewire.cli.serving import kernel_options, make_server
+        from fusewire.fs.sources import open_source
+        from fusewire.linux import mount
+
+        job = self.job
+        filesystem = open_source(job.source, job.options)
+        self.record = record = self.store.create(job.source, job.target, options=job.options.given)
+        self.mount = held = mount.mount(
+            os.fsencode(job.target),
+            kernel_options(job.options, job.source),
+            job.strategy,
+            private=os.fsencode(record.mount_point),
+            plan=None if job.maps == "self" else plan_of(job.maps),
+            program=job.program,
+        )
+        self.server = server = make_server(filesystem, held.fd, job.options)
+        server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+        server.start()
+        if not server.wait_ready():
+            server.wait()
+            raise OSError(errno.EIO, "the mount ended before it was ready")
+        record.strategy = held.strategy
+        record.outside = None if held.outside is None else os.fsdecode(held.outside)
+        record.inside = os.fsdecode(held.inside)
+        record.mount = held.record()
+        record.mounted_at = time.time()
+        record.served_by(os.getpid())
+        self.store.save(record)
+        return self._report(record)
+
+    def _report(self, record: state.Record) -> str:
+        if self.job.as_json:
+            import json
+
+            return (
+                json.dumps(
+                    {
+                        "source": record.source,
+                        "target": record.target,
+                        "strategy": record.strategy,
+                        "pid": record.pid,
+                        "path": record.outside or record.target,
+                        "id": record.id,
+                    }
+                )
+                + "\n"
+            )
+        return ""
+
+    def _wait(self) -> None:
+        """Wait for a signal, for the end of the connection, or for `timeout=` seconds without a request."""
+        assert self.server is not None
+        assert self.mount is not None
+        idle = self.job.options.timeout
+        seen = -1
+        while True:
+            if not idle:
+                signal.sigwait(_ENDING)
+                return
+            if signal.sigtimedwait(_ENDING, idle) is not None:
+                return
+            if self.server.requests == seen:
+                try:
+                    self.mount.unmount()
+                except OSError:
+                    continue  # somebody has a file open, or works there
+                return
+            seen = self.server.requests
+
+    def _status(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.server is not None
+        return {
+            "requests": self.server.requests,
+            "uptime": time.monotonic() - self.server.started,
+            "bad_replies": self.server.session.bad_replies,
+        }
+
+    def _umount(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.mount is not None
+        self.mount.unmount(lazy=bool(request.get("lazy")))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return {}
+
+    def _clear_up(self) -> None:
+        if self.mount is not None:
+            try:
+                # Lazily: we are leaving, and with the last descriptor whoever is still inside gets ENOTCONN.
+                self.mount.unmount(lazy=True)
+            except OSError as error:
+                print(f"fusewire: {explain(error)}", file=sys.stderr)
+            if self.server is not None and not self.server.wait_end(_PATIENCE):
+                self.server.session.close()
+            self.mount.close()

@@ -1,0 +1,412 @@
+"""`fusewire run SOURCE:TARGET ... -- COMMAND`: namespaces, all mounts, the command; its exit status is ours.
+
+Layer `cli`. Three processes, so that nobody touches a mount that it serves and every end takes the rest with it:
+
+* the supervisor (the process that was started) stays outside; it forwards signals and gives the exit status on;
+* the server, in a session of its own, opens the sources and answers the kernel, from outside the namespaces too;
+* the command makes the namespaces and the mounts, hands the /dev/fuse descriptors to the server, and becomes COMMAND.
+
+The kernel ends the mounts with the namespace, the server with its mounts, and both children with the supervisor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from fusewire.cli import supervise
+from fusewire.linux import process
+
+if TYPE_CHECKING:
+    from fusewire.cli.options import MountOptions
+    from fusewire.linux.userns import Plan
+
+
+class Spec:
+    """One SOURCE:TARGET of the command line."""
+
+    __slots__ = ("source", "target")
+
+    def __init__(self, source: str, target: str) -> None:
+        self.source = source
+        self.target = target
+
+
+class Run:
+    """What to run, where, with which mounts."""
+
+    __slots__ = ("command", "cwd", "environment", "maps", "options", "own_pids", "specs", "wait_all")
+
+    def __init__(
+        self,
+        specs: list[Spec],
+        command: list[str],
+        options: MountOptions,
+        *,
+        maps: str = "self",
+        own_pids: bool = False,
+        wait_all: bool = False,
+        environment: dict[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> None:
+        self.specs = specs
+        self.command = command
+        self.options = options
+        self.maps = maps
+        self.own_pids = own_pids
+        self.wait_all = wait_all
+        self.environment = environment or {}
+        self.cwd = cwd
+
+
+def parse_spec(text: str) -> Spec:
+    """Cut SOURCE:TARGET at its last colon. TARGET has to be absolute or to start with "./" or "../".
+
+    Raises ValueError with a message for the person.
+    """
+    source, colon, target = text.rpartition(":")
+    if not colon or not source or not target:
+        raise ValueError(f"{text!r} is not SOURCE:TARGET (for example env.sqsh:/opt/env)")
+    return Spec(source, os.path.abspath(target))
+
+
+def run(job: Run) -> int:
+    """Do the job and give the exit status: the command's, or 125 to 127 when it could not be started."""
+    old_mask = supervise.block()
+    supervisor = os.getpid()
+    to_server, to_command = process.socket_pair()
+    complaints, complain = os.pipe()
+
+    server = os.fork()
+    if server == 0:
+        os.close(to_server)
+        os.close(complaints)
+        os.close(complain)
+        _child(lambda: _serve(job, to_command, supervisor, old_mask), to_command)
+
+    command = os.fork()
+    if command == 0:
+        os.close(to_command)
+        os.close(complaints)
+        _child(lambda: _command(job, to_server, supervisor, old_mask, complain), complain)
+
+    os.close(to_server)
+    os.close(to_command)
+    os.close(complain)
+    if job.wait_all and not job.own_pids:
+        process.become_subreaper()
+    made, failure = parse_report(_read_all(complaints))
+    os.close(complaints)
+    try:
+        if failure is not None:
+            _end(command, signal.SIGKILL)
+            _end(server, signal.SIGKILL)
+            print(f"fusewire: {failure}", file=sys.stderr)
+            return failure.code
+        return _supervise(job, command, server)
+    finally:
+        remove_directories(made)
+
+
+def _supervise(job: Run, command: int, server: int) -> int:
+    namespace = _mount_namespace(command)
+    lost = False
+
+    def other_child(pid: int, status: int) -> bool:
+        nonlocal lost
+        if pid != server or (os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0):
+            return False  # the mounts have ended, and with them the server: the namespace is gone
+        lost = True
+        print(f"fusewire: the server of the mounts has died ({describe(status)}); ending the command", file=sys.stderr)
+        return True
+
+    status = supervise.supervise(command, others=other_child, wait_all=job.wait_all, ignore=frozenset({server}))
+    if lost:
+        end_namespace(namespace)
+        if status == -1:
+            status = os.waitpid(command, 0)[1]
+        return supervise.EXIT_FAILED
+    _end(server, signal.SIGTERM)
+    return supervise.leave(status)
+
+
+def parse_report(report: bytes) -> tuple[list[bytes], Refused | None]:
+    """Take apart what a child has said on its pipe: the directories it made on the host, and why it failed.
+
+    Fields end with NUL: b"M" and a path, or b"E", an exit status, a space and a text.
+    """
+    made = []
+    failure = None
+    for field in report.split(b"\0")[:-1]:
+        if field.startswith(b"M"):
+            made.append(field[1:])
+        elif failure is None:
+            code, _, text = os.fsdecode(field[1:]).partition(" ")
+            failure = Refused(text, int(code))
+    return made, failure
+
+
+def remove_directories(paths: list[bytes]) -> None:
+    """Remove mount points that were made on the host, where they are empty."""
+    for path in paths:
+        try:
+            os.rmdir(path)
+        except OSError:
+            continue
+
+
+def describe(status: int) -> str:
+    """Say how a process ended, from its wait status."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exit status {os.waitstatus_to_exitcode(status)}"
+
+
+def _mount_namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    except OSError:
+        return ""
+
+
+def end_namespace(namespace: str) -> None:
+    """Kill every process of the user's in the mount namespace `namespace` ("mnt:[inode]"), until none is left."""
+    if not namespace or namespace == os.readlink("/proc/self/ns/mnt"):
+        return
+    found = True
+    while found:
+        found = False
+        for name in os.listdir("/proc"):
+            if name.isdigit() and _mount_namespace(int(name)) == namespace:
+                stat = process.stat(int(name))
+                if stat is None or stat.state == "Z":
+                    continue
+                try:
+                    os.kill(int(name), signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    continue
+                found = True
+
+
+def _end(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def _read_all(fd: int) -> bytes:
+    parts = []
+    while part := os.read(fd, 65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read_answer(socket: int) -> bytes:
+    """Read the server's one byte, or all that it says of its failure."""
+    answer = b""
+    while answer != b"R":
+        try:
+            part = os.read(socket, 65536)
+        except ConnectionResetError:
+            break  # it has ended without reading what we sent
+        if not part:
+            break
+        answer += part
+    return answer
+
+
+class Refused(Exception):  # noqa: N818 - an answer for the person, with the exit status that goes with it
+    """Why the command cannot be started."""
+
+    def __init__(self, text: str, code: int = supervise.EXIT_FAILED) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def explain(error: BaseException) -> str:
+    """Give an exception's message for a person."""
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    if type(error).__str__ is not OSError.__str__ or error.strerror is None:
+        return str(error)
+    name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
+    return f"{error.strerror}{name}"
+
+
+def _child(work: object, report_to: int) -> NoReturn:
+    """Run a child's part and never return into the parent's code; tell on `report_to` what went wrong."""
+    code = supervise.EXIT_FAILED
+    try:
+        work()  # type: ignore[operator]
+        code = 0
+    except Refused as refused:
+        code = refused.code
+        os.write(report_to, os.fsencode(f"E{code} {refused}\0"))
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException as error:  # noqa: BLE001 - the child's last stop: the supervisor tells the person
+        if not isinstance(error, OSError):
+            import traceback
+
+            traceback.print_exc()
+        os.write(report_to, os.fsencode(f"E{code} {explain(error)}\0"))
+    finally:
+        os._exit(code)
+
+
+# The server
+
+
+def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) -> None:
+    """Open the sources, take the descriptors, serve until the mounts are gone."""
+    os.setsid()
+    # SIGTERM, not SIGKILL: when the supervisor dies by violence, nobody else is left to end what runs inside.
+    process.set_pdeathsig(signal.SIGTERM, supervisor)
+    from fusewire.cli.serving import make_server
+    from fusewire.fs.sources import open_source
+
+    try:
+        filesystems = [open_source(spec.source, job.options) for spec in job.specs]
+    except OSError as error:
+        raise Refused(str(error)) from error
+    data, fds = process.recv_fds(socket, 65536, len(job.specs))
+    if len(fds) != len(filesystems):
+        return  # the command's side failed and has said so
+    namespace, *made = data.split(b"\0")
+    servers = [make_server(filesystem, fd, job.options) for filesystem, fd in zip(filesystems, fds, strict=True)]
+    for server in servers:
+        server.start()
+    for spec, server in zip(job.specs, servers, strict=True):
+        if not server.wait_ready():
+            server.wait()
+            raise Refused(f"{spec.source}: the mount ended before it was ready")
+    os.write(socket, b"R")
+    os.close(socket)
+    # Threads of Python cannot be woken from waiting on locks by a signal that another thread takes: the main thread
+    # waits for the signal itself, and the last server to end sends it.
+    import threading
+
+    def watch() -> None:
+        for server in servers:
+            server.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.sigwait({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
+    for server in servers:
+        server.session.close()
+    if os.getppid() != supervisor:
+        end_namespace(os.fsdecode(namespace))
+        remove_directories(made)
+
+
+# The command
+
+
+def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], complain: int) -> None:
+    """Make the namespaces and the mounts, wait until they are served, and become the command."""
+    process.set_pdeathsig(signal.SIGKILL, supervisor)
+    from fusewire.cli.serving import kernel_options
+    from fusewire.linux import mount, shadow, syscalls, userns
+
+    plan = plan_of(job.maps)
+    # Real root, and a namespace that knows many ids, run programs under other ids too: they are let in, as they would
+    # be on a kernel filesystem. Root of either kind reads everything in spite of the modes.
+    opened = not plan.new_user or (plan.helpers and "root" in job.maps)
+    cwd = job.cwd or os.getcwd()
+    userns.enter(plan, syscalls.CLONE_NEWPID if job.own_pids else 0)
+    # The kernel clears the death signal when a process's ids or capabilities change (prctl(2)).
+    process.set_pdeathsig(signal.SIGKILL, supervisor)
+    places = shadow.Shadow()
+    mounts = []
+    try:
+        targets = [places.make(os.fsencode(spec.target)) for spec in job.specs]
+        places.seal()
+    finally:
+        if places.made:
+            os.write(complain, b"".join(b"M" + path + b"\0" for path in places.made))
+    for spec, target in zip(job.specs, targets, strict=True):
+        mounts.append(mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct"))
+    namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
+    process.send_fds(socket, b"\0".join([namespace, *places.made]), [item.fd for item in mounts])
+    for item in mounts:
+        item.close()
+    answer = _read_answer(socket)
+    if answer != b"R":
+        _, failure = parse_report(answer)
+        raise failure or Refused("the server of the mounts died before they were ready")
+    os.close(socket)
+    if job.own_pids:
+        _own_pids(job, cwd, mask, complain)
+    _become(job, cwd, mask)
+
+
+def plan_of(maps: str) -> Plan:
+    """Give the user namespace plan for `--map-root`, `--map-ranges` or the default."""
+    from fusewire.linux import userns
+
+    if maps == "root":
+        return userns.root_plan()
+    if maps == "ranges":
+        return userns.ranges_plan()
+    if maps == "root-ranges":
+        return userns.ranges_plan(as_root=True)
+    return userns.default_plan()
+
+
+def _own_pids(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> NoReturn:
+    """Start the first process of the new PID namespace and wait for it: it reaps, and its end ends all others."""
+    init = os.fork()
+    if init == 0:
+        _child(lambda: _init(job, cwd, mask, complain), complain)
+    os.close(complain)
+    status = supervise.supervise(init)
+    os._exit(_as_code(status))
+
+
+def _as_code(status: int) -> int:
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def _init(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> None:
+    from fusewire.linux import syscalls
+
+    process.set_pdeathsig(signal.SIGKILL, 0)
+    try:
+        syscalls.mount(b"proc", b"/proc", b"proc", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC)
+    except OSError as error:
+        raise Refused(
+            f"--pid: a new /proc cannot be mounted ({error.strerror}); this container's own /proc is masked. "
+            "Run without --pid, or have the container started with an unmasked /proc"
+        ) from error
+    command = os.fork()
+    if command == 0:
+        _child(lambda: _become(job, cwd, mask), complain)
+    os.close(complain)
+    status = supervise.supervise(command, wait_all=job.wait_all)
+    os._exit(_as_code(status))
+
+
+def _become(job: Run, cwd: str, mask: set[signal.Signals]) -> NoReturn:
+    """Replace this process by the command, as a shell would start it."""
+    try:
+        # By name, again: what the working directory was may lie under a mount now.
+        os.chdir(cwd)
+    except OSError as error:
+        if job.cwd is not None:
+            raise Refused(f"--cwd {job.cwd}: {error.strerror}") from error
+    environment = {**os.environ, **job.environment}
+    supervise.restore(mask)
+    program = job.command[0]
+    try:
+        os.execvpe(program, job.command, environment)
+    except FileNotFoundError as error:
+        raise Refused(f"{program}: no such command inside", supervise.EXIT_NOT_FOUND) from error
+    except OSError as error:
+        code = supervise.EXIT_NOT_FOUND if error.errno == errno.ENOTDIR else supervise.EXIT_NOT_EXECUTABLE
+        raise Refused(f"{program}: cannot be executed: {error.strerror}", code) from error

@@ -1,0 +1,67 @@
+"""What `run` and `mount` share: from the parsed `-o` options to the kernel's, and to a server with its workers.
+
+Layer `cli`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from fusewire.linux.mount_base import Options
+
+if TYPE_CHECKING:
+    from fusewire.cli.options import MountOptions
+    from fusewire.ops import Operations
+    from fusewire.serve import Server
+
+SUBTYPE = "fusewire"
+
+
+def kernel_options(options: MountOptions, source: str, *, trusted: bool = False, opened: bool = False) -> Options:
+    """Give the options of mount(2) for `source`.
+
+    `opened` makes the mount usable by every user of its namespace, as a kernel filesystem would be. Once it is, the
+    kernel has to check modes (default_permissions), or the image's 0600 files would be anybody's; without it, only the
+    owner gets in and may read whatever the image holds, also files of ids that the namespace does not know.
+    """
+    allow_other = options.allow_other or opened
+    default_permissions = options.default_permissions
+    if default_permissions is None:
+        default_permissions = allow_other or options.allow_root
+    # Every source so far is read-only; the flag makes the kernel say so by itself.
+    from fusewire.linux.syscalls import MS_RDONLY
+
+    return Options(
+        fsname=os.fsencode(options.fsname or os.path.abspath(source)),
+        subtype=os.fsencode(SUBTYPE if options.subtype is None else f"{SUBTYPE}.{options.subtype}"),
+        flags=options.flags | MS_RDONLY,
+        allow_other=allow_other,
+        allow_root=options.allow_root,
+        default_permissions=default_permissions,
+        max_read=options.max_read,
+        auto_unmount=options.auto_unmount,
+    )
+
+
+def make_server(filesystem: Operations, fd: int, options: MountOptions) -> Server:
+    """Make the server of one mount; it takes over `fd` and the filesystem."""
+    from fusewire import serve
+
+    server = serve.Server(
+        filesystem,
+        fd,
+        threads=options.max_threads or serve.DEFAULT_THREADS,
+        clone_fd=options.clone_fd,
+        debug=options.debug,
+        only=frozenset({0, os.getuid()}) if options.allow_root else None,
+    )
+    session = server.session
+    if options.max_readahead is not None:
+        session.max_readahead = options.max_readahead
+    if options.max_background is not None:
+        session.max_background = options.max_background
+        session.congestion_threshold = options.max_background * 3 // 4
+    if options.congestion_threshold is not None:
+        session.congestion_threshold = options.congestion_threshold
+    return server

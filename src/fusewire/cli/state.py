@@ -1,0 +1,664 @@
+"""What is known of mounts that live in the background, and the socket over which their servers are asked.
+
+Layer: cli. One directory per mount, `<root>/<id>/`, with state.json, control.sock and `mnt`, an empty directory to
+mount on privately. Nothing here looks into a mount or waits for one; nothing follows a symlink below the root, and
+nothing that is not ours is removed. json and threading are loaded where they are needed, as `run` needs neither.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import select
+import stat
+import struct
+import time
+
+from fusewire.linux import process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+VERSION = 1
+STATE = "state.json"
+SOCKET = "control.sock"
+MOUNT_POINT = "mnt"
+_OURS = (SOCKET, STATE)  # and the temporary files of STATE
+_LARGEST = 1 << 20
+_LINE = 1 << 16
+_CLIENTS = 32
+_PATIENCE = 5.0  # seconds that a client may take over its one line
+_SUN_PATH = 107
+_WAY_OUT = "set XDG_RUNTIME_DIR to a directory of yours (mode 700) that has room"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+_TEXT = (str, type(None))
+_DICT = (dict, type(None))
+# What state.json holds: the types that JSON may have for a field, and its value when a record is begun.
+_FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
+    "id": ((str,), ""),
+    "source": ((str,), ""),
+    "target": (_TEXT, None),
+    "strategy": ((str,), ""),
+    "pid": ((int,), 0),
+    "starttime": ((int,), 0),
+    "pidns": ((int,), 0),
+    "outside": (_TEXT, None),
+    "inside": (_TEXT, None),
+    "options": ((list,), ()),
+    "created": (_DICT, None),
+    "mount": (_DICT, None),
+    "mounted_at": ((int, float), 0.0),
+    "fstype": ((str,), "fuse.fusewire"),
+}
+
+
+class Record:
+    """One mount. Paths are absolute; `mounted_at` is seconds since the epoch, `starttime` clock ticks since boot.
+
+    created: what was at the target before, {"kind": "missing" | "empty-directory", "mode": int | None}. mount: what
+    `fusewire.linux.mount.clean_up` needs when the server is dead. pidns: the PID namespace that `pid` is a number of.
+    directory: where this record lives; it is not written into it.
+    """
+
+    __slots__ = (*_FIELDS, "directory")
+    id: str
+    source: str
+    target: str | None
+    strategy: str
+    pid: int
+    starttime: int
+    pidns: int
+    outside: str | None
+    inside: str | None
+    options: list[str]
+    created: dict[str, Any] | None
+    mount: dict[str, Any] | None
+    mounted_at: float
+    fstype: str
+
+    def __init__(self, directory: str, **fields: Any) -> None:
+        """Make a record of the named fields. Raises TypeError for a name that is none."""
+        if unknown := fields.keys() - _FIELDS.keys():
+            raise TypeError(f"a record has no {', '.join(sorted(unknown))}")
+        for name, (_, default) in _FIELDS.items():
+            setattr(self, name, fields.get(name, default))
+        self.options = list(self.options)
+        self.directory = directory
+
+    @property
+    def control(self) -> str:
+        """The path of the control socket."""
+        return os.path.join(self.directory, SOCKET)
+
+    @property
+    def mount_point(self) -> str:
+        """The private mount point."""
+        return os.path.join(self.directory, MOUNT_POINT)
+
+    def served_by(self, pid: int) -> None:
+        """Note the process that serves this mount. Raises ProcessLookupError if it has ended."""
+        start = process.start_time(pid)
+        if start is None:
+            raise ProcessLookupError(errno.ESRCH, f"the server process {pid} has ended")
+        self.pid, self.starttime, self.pidns = pid, start, _pid_namespace()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What state.json holds."""
+        return {"version": VERSION} | {name: getattr(self, name) for name in _FIELDS}
+
+    def __repr__(self) -> str:
+        return "Record(" + ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__) + ")"
+
+
+class Problem:
+    """A directory below the root that holds no readable record: left by a crash, or by another version."""
+
+    __slots__ = ("directory", "id", "reason")
+
+    def __init__(self, name: str, directory: str, reason: str) -> None:
+        self.id = name
+        self.directory = directory
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.directory}: {self.reason}"
+
+
+def roots(environ: Mapping[str, str]) -> list[str]:
+    """Where this user's records are: the first is for new ones, all of them are searched.
+
+    One user's shells do not all have the same XDG_RUNTIME_DIR: cron, su and ssh into a container have none.
+    """
+    uid = os.geteuid()
+    own = environ.get("XDG_RUNTIME_DIR", "")
+    shared = f"/tmp/fusewire-{uid}"  # noqa: S108  checked whenever it is opened
+    usual = f"/run/user/{uid}"
+    first = [os.path.join(own, "fusewire")] if _is_ours(own) else []
+    more = [os.path.join(usual, "fusewire")] if usual != own and _is_ours(usual) else []
+    return [*first, shared, *more]
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return False
+    return path.startswith("/") and stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
+
+
+def place(path: str) -> str:
+    """The absolute path of a name whose parent is resolved: the name itself may be a dangling symlink, or hang.
+
+    Raises FileNotFoundError if it is relative and the working directory has no path.
+    """
+    try:
+        path = path if path.startswith("/") else os.path.join(os.getcwd(), path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            errno.ENOENT, "the working directory has no path from here (getcwd(2)): give an absolute path", path
+        ) from error
+    path = path.rstrip("/") or "/"
+    parent, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def alive(record: Record) -> bool:
+    """False if the server is surely dead. A pid of another PID namespace says nothing: there the socket is asked."""
+    if record.pidns and record.pidns != _pid_namespace():
+        try:
+            _connect(record.control, _PATIENCE).close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+        return True
+    return record.pid > 0 and process.is_alive(record.pid, record.starttime)
+
+
+def _pid_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+class Store:
+    """The records of one user. `roots` are directories; the first is for new records and is made when needed."""
+
+    __slots__ = ("roots",)
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self.roots = list(roots)
+
+    def create(self, source: str, target: str | None, **fields: Any) -> Record:
+        """Make a directory and a record for a mount that is about to be, in the name of this process.
+
+        Raises OSError that names the directory and the way out; nothing is left behind then.
+        """
+        path = self.roots[0]
+        root = _open_root(path, make=True)
+        name = ""
+        try:
+            while not name:
+                name = "m" + os.urandom(4).hex()
+                try:
+                    os.mkdir(name, 0o700, dir_fd=root)
+                except FileExistsError:
+                    name = ""
+            os.mkdir(f"{name}/{MOUNT_POINT}", 0o700, dir_fd=root)
+            fields = {"source": os.path.abspath(source), "mounted_at": time.time()} | fields
+            fields["target"] = None if target is None else place(target)
+            record = Record(os.path.join(path, name), id=name, **fields)
+            record.served_by(os.getpid())
+            _write(root, record)
+        except OSError as error:
+            if name:
+                _clear(root, name)
+            raise OSError(error.errno, f"cannot note the mount: {error.strerror}; {_WAY_OUT}", path) from error
+        finally:
+            os.close(root)
+        return record
+
+    def save(self, record: Record) -> None:
+        """Write a record in one step: who reads meanwhile sees the old one or the new one.
+
+        Raises OSError that names the directory and the way out; the old record is still there then.
+        """
+        root = _open_root(os.path.dirname(record.directory))
+        try:
+            _write(root, record)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot note the mount: {error.strerror}; {_WAY_OUT}", record.directory
+            ) from error
+        finally:
+            os.close(root)
+
+    def load_all(self) -> tuple[list[Record], list[Problem]]:
+        """All records, the oldest mount first, and what could not be read.
+
+        Raises OSError if a root is not a private directory of this user.
+        """
+        records: list[Record] = []
+        problems: list[Problem] = []
+        for path in self.roots:
+            try:
+                root = _open_root(path)
+            except FileNotFoundError:
+                continue
+            try:
+                for name in sorted(os.listdir(root)):
+                    directory = os.path.join(path, name)
+                    try:
+                        records.append(_read(root, name, directory))
+                    except FileNotFoundError:
+                        if os.path.lexists(directory):  # else it has just been removed
+                            problems.append(Problem(name, directory, f"has no {STATE}"))
+                    except (OSError, ValueError) as error:
+                        problems.append(Problem(name, directory, str(getattr(error, "strerror", None) or error)))
+            finally:
+                os.close(root)
+        records.sort(key=lambda record: record.mounted_at)
+        return records, problems
+
+    def find(self, name: str) -> Record | None:
+        """The record of a mount named by its target (or a path that leads there), its id, or its server's pid.
+
+        The target is compared by name and never looked at. Of several a living one comes first, then the newest.
+        """
+        records = self.load_all()[0]
+        found = [r for r in records if r.id == name or (name.isdecimal() and r.pid == int(name))]
+        if not (found and "/" not in name and not os.path.lexists(name)):
+            path = place(name)
+            found = [r for r in records if path in (r.target, r.outside, r.inside)] or found
+        return max(found, key=lambda r: (alive(r), r.mounted_at), default=None)
+
+    def remove(self, record: Record | Problem) -> None:
+        """Remove a record's directory with what we put there.
+
+        Raises OSError: EBUSY if something is still mounted on its `mnt`, ENOTEMPTY if somebody else put files there.
+        """
+        directory, name = os.path.split(record.directory)
+        root = _open_root(directory)
+        try:
+            _remove(root, name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            reasons = {
+                errno.EBUSY: f"something is still mounted on {MOUNT_POINT} in it, unmount that first",
+                errno.ENOTEMPTY: "files that are not Fusewire's are in it, move them away",
+            }
+            reason = reasons.get(error.errno or 0, str(error.strerror))
+            raise OSError(error.errno, f"cannot remove the state of a mount: {reason}", record.directory) from error
+        finally:
+            os.close(root)
+
+
+def of_user(environ: Mapping[str, str]) -> Store:
+    """The store of this user: $XDG_RUNTIME_DIR/fusewire if that names a directory of the user, else in /tmp."""
+    return Store(roots(environ))
+
+
+def _open_root(path: str, make: bool = False) -> int:
+    """A descriptor of a private directory: whatever the path names later, it stays the one that was checked."""
+    if make:
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot make a directory for the state of mounts: {error.strerror}; {_WAY_OUT}", path
+            ) from error
+    try:
+        fd = os.open(path, _DIRECTORY)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = "it is a symlink" if os.path.islink(path) else str(error.strerror)
+        raise _untrusted(error.errno or errno.EIO, reason, path) from error
+    info = os.fstat(fd)
+    refusal = ""
+    if info.st_uid != os.geteuid():
+        refusal = f"it belongs to user {info.st_uid}"
+    elif info.st_mode & 0o077:
+        refusal = f"others may get at it (mode {stat.S_IMODE(info.st_mode):03o})"
+    if refusal:
+        os.close(fd)
+        raise _untrusted(errno.EPERM, refusal, path)
+    return fd
+
+
+def _untrusted(number: int, reason: str, path: str) -> OSError:
+    return OSError(
+        number, f"the directory for the state of mounts cannot be used: {reason}; remove it, or {_WAY_OUT}", path
+    )
+
+
+def _write(root: int, record: Record) -> None:
+    import json
+
+    data = memoryview(json.dumps(record.as_dict(), indent=1).encode() + b"\n")
+    directory = os.open(record.id, _DIRECTORY, dir_fd=root)
+    temporary = f"{STATE}.{os.urandom(4).hex()}"
+    try:
+        fd = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory
+        )
+        done = False
+        try:
+            try:
+                while data:
+                    data = data[os.write(fd, data) :]
+            finally:
+                os.close(fd)
+            os.rename(temporary, STATE, src_dir_fd=directory, dst_dir_fd=directory)
+            done = True
+        finally:
+            if not done:
+                os.unlink(temporary, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _read(root: int, name: str, path: str) -> Record:
+    """One record. Raises OSError, or ValueError that says what is wrong with it."""
+    import json
+
+    directory = os.open(name, _DIRECTORY, dir_fd=root)
+    try:
+        fd = os.open(STATE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_size > _LARGEST:
+                raise ValueError(f"its {STATE} is not a file of ours")
+            text = b"".join(iter(lambda: os.read(fd, _LARGEST), b""))
+        finally:
+            os.close(fd)
+    finally:
+        os.close(directory)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"its {STATE} is damaged or half written") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"its {STATE} is not a record")
+    if found.get("version") != VERSION:
+        raise ValueError(f"written by another version of Fusewire (format {found.get('version')!r}, ours is {VERSION})")
+    fields = {key: value for key, value in found.items() if key in _FIELDS}
+    for key, value in fields.items():
+        if not isinstance(value, _FIELDS[key][0]) or isinstance(value, bool):
+            raise ValueError(f"its {STATE} is damaged: {key} is {value!r}")
+    if fields.get("id") != name or not all(isinstance(option, str) for option in fields.get("options", ())):
+        raise ValueError(f"its {STATE} is damaged: it is not the record of {name}")
+    return Record(path, **fields)
+
+
+def _remove(root: int, name: str) -> None:
+    directory = os.open(name, _DIRECTORY, dir_fd=root)
+    try:
+        if os.fstat(directory).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it is not ours")
+        try:
+            os.rmdir(MOUNT_POINT, dir_fd=directory)  # refused with EBUSY while something is mounted there
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            raise OSError(errno.ENOTEMPTY, "a file is in the place of its mount point") from None
+        for entry in os.listdir(directory):
+            if entry in _OURS or entry.startswith(STATE + "."):
+                os.unlink(entry, dir_fd=directory)
+    finally:
+        os.close(directory)
+    os.rmdir(name, dir_fd=root)
+
+
+def _clear(root: int, name: str) -> None:
+    try:
+        _remove(root, name)
+    except OSError:  # the error that made us clear up is the one to tell
+        return
+
+
+# --- The control socket: one JSON line asks, one answers.
+
+
+def _address(path: str) -> tuple[str, int]:
+    """A name for a socket that fits in sun_path (108 bytes, unix(7)), and the descriptor that it goes through or -1."""
+    if len(os.fsencode(path)) <= _SUN_PATH:
+        return path, -1
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{fd}/{name}", fd
+
+
+def _connect(path: str, timeout: float) -> _socket.socket:
+    short, fd = _address(path)
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    done = False
+    try:
+        sock.settimeout(timeout)
+        sock.connect(short)
+        done = True
+    finally:
+        if not done:
+            sock.close()
+        if fd >= 0:
+            os.close(fd)
+    return sock
+
+
+def control(path: str, request: dict[str, Any], timeout: float = _PATIENCE) -> dict[str, Any]:
+    """Ask the server behind a control socket; its answer has "ok", and "error" where that is false.
+
+    timeout: seconds for all of it. Raises OSError: ECONNREFUSED or ENOENT if the server is gone, ETIMEDOUT if it does
+    not answer, ECONNRESET if it ended meanwhile, EPROTO if the answer is none.
+    """
+    import json
+
+    deadline = time.monotonic() + timeout
+    answer = bytearray()
+    try:
+        sock = _connect(path, timeout)
+        try:
+            sock.sendall(json.dumps(request).encode() + b"\n")
+            while not answer.endswith(b"\n") and len(answer) <= _LARGEST:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                sock.settimeout(left)
+                part = sock.recv(_LINE)
+                if not part:
+                    raise ConnectionResetError(errno.ECONNRESET, "the server ended without an answer", path)
+                answer += part
+        finally:
+            sock.close()
+    except (TimeoutError, BlockingIOError):  # EAGAIN: its queue of connections is full
+        raise TimeoutError(errno.ETIMEDOUT, f"the server gave no answer within {timeout:g} s", path) from None
+    except (ConnectionRefusedError, FileNotFoundError) as error:
+        raise OSError(error.errno, "the server is gone", path) from None
+    except BrokenPipeError:
+        raise ConnectionResetError(errno.ECONNRESET, "the server ended without an answer", path) from None
+    try:
+        found = json.loads(bytes(answer))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise OSError(errno.EPROTO, "the server's answer is not one", path)
+    return found
+
+
+class _Client:
+    __slots__ = ("deadline", "line", "sock")
+
+    def __init__(self, sock: _socket.socket, deadline: float) -> None:
+        self.sock = sock
+        self.deadline = deadline
+        self.line = bytearray()
+
+
+class ControlServer:
+    """Answers on a control socket, one thread for all clients: none that is silent or slow keeps another waiting.
+
+    `handlers` maps a command to a function of the whole request whose dict is the answer; what it raises as OSError
+    is answered as a failure. Handlers run one at a time. Only the same user and root are answered; in a user
+    namespace that maps no other ids, root outside is nobody.
+    """
+
+    __slots__ = ("_clients", "_handlers", "_listener", "_thread", "_wake", "path")
+
+    def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
+        """Take the name `path` and listen; clients wait until `start`."""
+        self.path = path
+        self._handlers = handlers
+        self._clients: dict[int, _Client] = {}
+        self._thread: threading.Thread | None = None
+        self._wake = -1
+        self._listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        done = False
+        fd = -1
+        try:
+            short, fd = _address(path)
+            self._listener.bind(short)
+            os.chmod(short, 0o600)
+            self._listener.listen(_CLIENTS)
+            self._listener.setblocking(False)
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            done = True
+        except OSError as error:
+            raise OSError(error.errno, f"cannot make the control socket: {error.strerror}", path) from error
+        finally:
+            if not done:
+                self._listener.close()
+            if fd >= 0:
+                os.close(fd)
+
+    def start(self) -> None:
+        """Begin to answer, on a daemon thread."""
+        import threading
+
+        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, after the answer that is being given, and give up the name. A server calls this before it ends."""
+        import threading
+
+        if self._wake < 0:
+            return
+        os.eventfd_write(self._wake, 1)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_PATIENCE)
+        try:
+            os.unlink(self.path)
+        except OSError:  # gone with its directory, or a filesystem that went away
+            pass
+        if self._thread is None:
+            self._end()
+
+    def _end(self) -> None:
+        for client in self._clients.values():
+            client.sock.close()
+        self._clients.clear()
+        self._listener.close()
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+
+    def _serve(self) -> None:
+        watch = select.poll()
+        watch.register(self._wake, select.POLLIN)
+        watch.register(self._listener.fileno(), select.POLLIN)
+        try:
+            while True:
+                now = time.monotonic()
+                for late in [c for c in self._clients.values() if c.deadline <= now]:
+                    self._drop(late, watch)
+                wait = min((c.deadline - now for c in self._clients.values()), default=None)
+                for fd, _ in watch.poll(None if wait is None else wait * 1000 + 1):
+                    if fd == self._wake:
+                        return
+                    if fd == self._listener.fileno():
+                        self._accept(watch)
+                    elif client := self._clients.get(fd):  # not one that had to make room just now
+                        self._hear(client, watch)
+        finally:
+            self._end()
+
+    def _accept(self, watch: select.poll) -> None:
+        try:
+            fd = self._listener._accept()[0]  # type: ignore[attr-defined]  # socket.accept is made of it
+        except OSError:  # the client has gone again; or we have no descriptors left, and other clients will end
+            return
+        sock = _socket.socket(fileno=fd)
+        if len(self._clients) >= _CLIENTS:
+            self._drop(min(self._clients.values(), key=lambda c: c.deadline), watch)
+        sock.setblocking(False)
+        self._clients[fd] = _Client(sock, time.monotonic() + _PATIENCE)
+        watch.register(fd, select.POLLIN)
+
+    def _drop(self, client: _Client, watch: select.poll) -> None:
+        fd = client.sock.fileno()
+        watch.unregister(fd)
+        del self._clients[fd]
+        client.sock.close()
+
+    def _hear(self, client: _Client, watch: select.poll) -> None:
+        try:
+            part = client.sock.recv(_LINE)
+        except BlockingIOError:
+            return
+        except OSError:
+            part = b""
+        client.line += part
+        line, newline, _ = bytes(client.line).partition(b"\n")
+        if part and not newline and len(client.line) < _LINE:
+            return
+        if newline or part:
+            self._answer(client, line if newline else b"")
+        self._drop(client, watch)
+
+    def _answer(self, client: _Client, line: bytes) -> None:
+        import json
+
+        answer = self._reply(client, line)
+        client.sock.settimeout(1.0)  # its socket buffer takes any answer of ours at once
+        try:
+            client.sock.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:  # it does not want the answer any more
+            return
+
+    def _reply(self, client: _Client, line: bytes) -> dict[str, Any]:
+        import json
+
+        credentials = client.sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
+        uid = struct.unpack("iII", credentials)[1]
+        if uid not in (0, os.geteuid()):
+            return {"ok": False, "error": f"user {uid} may not control a mount of user {os.geteuid()}", "errno": 1}
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict):
+            return {"ok": False, "error": "not a request: one JSON object in one line is", "errno": errno.EINVAL}
+        handler = self._handlers.get(str(request.get("command")))
+        if handler is None:
+            known = ", ".join(sorted(self._handlers))
+            return {"ok": False, "error": f"unknown command; known are {known}", "errno": errno.ENOSYS}
+        try:
+            return {"ok": True} | handler(request)
+        except OSError as error:
+            return {"ok": False, "error": str(error.strerror or error), "errno": error.errno or errno.EIO}
+        except Exception as error:  # noqa: BLE001  this thread's guard: the mount must stay controllable
+            return {"ok": False, "error": f"{type(error).__name__}: {error}", "errno": errno.EIO}

@@ -1,0 +1,130 @@
+"""Stand between a shell and a command: forward signals, follow job control, give the command's exit status on.
+
+Layer `cli`. Used by `run` for the command, and again inside an own PID namespace for its init. It starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Signals that we wait for instead of letting them act. Those that the terminal sends to the whole foreground process
+# group (SI_KERNEL) have reached the command already; only what a process sent to us alone is passed on.
+FORWARDED = frozenset(
+    {
+        signal.SIGHUP,
+        signal.SIGINT,
+        signal.SIGQUIT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGWINCH,
+        signal.SIGCONT,
+        signal.SIGTSTP,
+    }
+)
+WAITED = FORWARDED | {signal.SIGCHLD}
+
+# The tool's own failures, as env(1), timeout(1) and container engines number them.
+EXIT_FAILED = 125
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+
+
+def block() -> set[signal.Signals]:
+    """Hold back the signals that `supervise` will wait for; give the mask that the command is to start with."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WAITED)
+    return {number for number in before if isinstance(number, signal.Signals)}
+
+
+def restore(mask: set[signal.Signals]) -> None:
+    """Give a new process the signal state that a shell gives: the old mask, SIGINT and SIGPIPE as usual."""
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        # Python's own handlers would not survive exec anyway; an ignored SIGPIPE would, and break pipelines.
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def supervise(
+    child: int,
+    *,
+    others: Callable[[int, int], bool] | None = None,
+    wait_all: bool = False,
+    ignore: frozenset[int] = frozenset(),
+    job_control: bool = True,
+) -> int:
+    """Wait for `child` and give its wait status; signals must be held back (`block`) since before the fork.
+
+    `others(pid, status)` hears of every other child that ends; giving True ends the wait with the child still there
+    (-1 is returned). With `wait_all`, go on until no child but those in `ignore` is left.
+    """
+    status: int | None = None
+    while True:
+        # Reap before waiting: a SIGCHLD may stand for many.
+        while True:
+            try:
+                pid, result = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return status if status is not None else -1
+            if pid == 0:
+                break
+            if os.WIFSTOPPED(result):
+                if pid == child and job_control:
+                    _stop_with(child)
+            elif pid == child:
+                status = result
+                if not wait_all:
+                    return status
+            elif others is not None and others(pid, result) and (status is None or not wait_all):
+                return -1 if status is None else status
+        if status is not None and not _has_other_children(ignore):
+            return status
+        info = signal.sigwaitinfo(WAITED)
+        if info.si_signo == signal.SIGCHLD:
+            continue
+        if info.si_code <= 0 and status is None:
+            _forward(child, info.si_signo)
+
+
+def _has_other_children(ignore: frozenset[int]) -> bool:
+    """Tell whether a child is left that is not in `ignore`, /proc/PID/task/TID/children."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+            return any(int(pid) not in ignore for pid in file.read().split())
+    except OSError:
+        return False
+
+
+def _forward(child: int, number: int) -> None:
+    try:
+        os.kill(child, number)
+    except ProcessLookupError:
+        pass
+
+
+def _stop_with(child: int) -> None:
+    """Stop as the command stopped, so that the shell sees its job stopped; when continued, continue the command."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    _forward(child, signal.SIGCONT)
+
+
+def leave(status: int) -> int:
+    """Turn a wait status into our own end: the exit status to return, or the same signal on ourselves."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the command's core is the one that matters
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+        sys.stdout.flush()
+        os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        return 128 + number
+    return os.waitstatus_to_exitcode(status)

@@ -1,0 +1,200 @@
+"""`fusewire umount`, `exec` and `path`: what is done to a mount that lives in the background.
+
+Layer `cli`. Nothing here looks into a mount: a dead or hanging server must not hang the tool.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+from typing import NoReturn
+
+from fusewire.cli import state
+from fusewire.cli.run import explain
+from fusewire.cli.supervise import EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND
+from fusewire.linux import process
+
+# A server that does not answer within this many seconds is called hung; how long we wait for its process to leave.
+PATIENCE = 30.0
+
+
+def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, program: str | None = None) -> int:
+    """Unmount each target (or all mounts of this user) and put back what was there; give the exit status."""
+    store = state.of_user(os.environ)
+    code = 0
+    if everything:
+        records, problems = store.load_all()
+        for problem in problems:
+            print(f"fusewire: {problem}", file=sys.stderr)
+            code = EXIT_FAILED
+    else:
+        records = []
+        for target in targets:
+            record = store.find(target)
+            if record is not None:
+                records.append(record)
+            else:
+                code = max(code, _umount_other(target, lazy, program))
+    for record in records:
+        try:
+            _umount_record(store, record, lazy, program)
+        except OSError as error:
+            print(f"fusewire: cannot unmount {record.target}: {explain(error)}", file=sys.stderr)
+            code = EXIT_FAILED
+    return code
+
+
+def _umount_record(store: state.Store, record: state.Record, lazy: bool, program: str | None) -> None:
+    if state.alive(record):
+        pidfd = process.open_alive(record.pid, record.starttime)
+        try:
+            _ask(record, lazy)
+            if pidfd is not None:
+                _wait_end(record, pidfd, lazy)
+        finally:
+            if pidfd is not None:
+                os.close(pidfd)
+        if not lazy or not os.path.lexists(record.directory):
+            return
+    # The server is dead: clear up what it left.
+    from fusewire.linux import mount
+
+    if record.mount is not None:
+        mount.clean_up(record.mount, program)
+    store.remove(record)
+
+
+def _ask(record: state.Record, lazy: bool) -> None:
+    try:
+        answer = state.control(record.control, {"command": "umount", "lazy": lazy}, PATIENCE)
+    except OSError as error:
+        if error.errno == errno.ECONNRESET:
+            return  # it has ended meanwhile
+        if not lazy:
+            raise OSError(
+                error.errno,
+                f"its server (pid {record.pid}) does not answer: {error.strerror}; `fusewire umount --lazy` ends it",
+            ) from error
+        os.kill(record.pid, signal.SIGKILL)
+        return
+    if not answer.get("ok"):
+        number = int(answer.get("errno", errno.EIO))
+        hint = "; --lazy detaches it all the same" if number == errno.EBUSY else ""
+        raise OSError(number, f"{answer.get('error', 'the server refused')}{hint}")
+
+
+def _wait_end(record: state.Record, pidfd: int, lazy: bool) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if not poll.poll(PATIENCE * 1000):
+        if not lazy:
+            raise OSError(errno.ETIMEDOUT, f"unmounted, but its server (pid {record.pid}) has not ended")
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll.poll(PATIENCE * 1000)
+
+
+def _umount_other(target: str, lazy: bool, program: str | None) -> int:
+    """Unmount a FUSE mount of ours of which no record is left; refuse everything else."""
+    from fusewire.linux import mountinfo
+
+    place = os.fsencode(state.place(target))
+    found = mountinfo.at(place)
+    if found is None or not found.is_fuse:
+        print(f"fusewire: {target}: nothing that Fusewire mounted (see `fusewire list`)", file=sys.stderr)
+        return EXIT_FAILED
+    if not found.fstype.startswith(b"fuse.fusewire"):
+        print(
+            f"fusewire: {target}: mounted by another program ({os.fsdecode(found.fstype)}); "
+            "use umount(8) or fusermount3 -u",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    from fusewire.linux import mount
+
+    try:
+        mount.clean_up(
+            {
+                "strategy": "direct",
+                "target": os.fsdecode(place),
+                "inside": os.fsdecode(place),
+                "outside": None,
+                "created": False,
+                "mount_id": found.id,
+                "device": os.fsdecode(found.device),
+            },
+            program,
+        )
+    except OSError as error:
+        print(f"fusewire: cannot unmount {target}: {explain(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def _living(target: str) -> state.Record:
+    record = state.of_user(os.environ).find(target)
+    if record is None:
+        raise OSError(errno.ENOENT, f"{target}: nothing that Fusewire mounted (see `fusewire list`)")
+    if not state.alive(record):
+        raise OSError(
+            errno.ENOTCONN, f"{target}: its server (pid {record.pid}) is dead; `fusewire umount {target}` clears up"
+        )
+    return record
+
+
+def path_of(target: str) -> int:
+    """Print a path of the mount that every process of this user can use."""
+    record = _living(target)
+    print(record.outside or record.target)
+    return 0
+
+
+def _keep_sight() -> None:
+    """Let the command follow the link at the target, /proc/PID/fd/N of the server.
+
+    The kernel opens that to a process of the same namespace only if its capabilities are no fewer than the server's,
+    or if it has CAP_SYS_PTRACE (cap_ptrace_access_check). The server keeps CAP_SYS_ADMIN to unmount, and exec drops
+    everything of an id that is not root, so that one capability is made ambient (capabilities(7)): it counts inside
+    this user namespace alone, over processes that are this user's anyway.
+    """
+    from fusewire.linux import syscalls
+
+    held = syscalls.capget()
+    bit = 1 << syscalls.CAP_SYS_PTRACE
+    syscalls.capset(held.effective, held.permitted, held.inheritable | bit)
+    syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, syscalls.CAP_SYS_PTRACE)
+
+
+def execute(target: str, command: list[str]) -> NoReturn:
+    """Become COMMAND inside the namespace of a mount; in our own where the mount is visible everywhere.
+
+    Raises OSError if the mount is not there or the namespace cannot be entered.
+    """
+    record = _living(target)
+    if record.strategy == "namespace":
+        from fusewire.linux import userns
+
+        cwd = os.getcwd()
+        try:
+            userns.join(record.pid)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot enter the namespace of {target}: {error.strerror}; only the user who mounted it may, "
+                "from outside of any other user namespace",
+            ) from error
+        _keep_sight()
+        try:
+            os.chdir(cwd)
+        except OSError:
+            os.chdir("/")
+    try:
+        os.execvp(command[0], command)
+    except FileNotFoundError:
+        print(f"fusewire: {command[0]}: no such command inside", file=sys.stderr)
+        sys.exit(EXIT_NOT_FOUND)
+    except OSError as error:
+        print(f"fusewire: {command[0]}: cannot be executed: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_NOT_EXECUTABLE)

@@ -1,0 +1,85 @@
+"""From what a person names to a filesystem: recognises a SOURCE and opens it.
+
+Layer `fs`. A source is found by its content, never by its name. Formats are loaded when they are needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from fusewire.ops import Operations
+
+
+class SourceOptions(Protocol):
+    """What of the mount options concerns a source."""
+
+    offset: int | None
+    cache_size: int
+    uid: int | None
+    gid: int | None
+    umask: int | None
+    squash_owner: bool
+    entry_timeout: float | None
+    attr_timeout: float | None
+    negative_timeout: float | None
+
+
+def open_source(source: str, options: SourceOptions) -> Operations:
+    """Open `source` (the path of an image) as a filesystem.
+
+    Raises OSError that names the source: it is missing, may not be read, or is nothing that we know.
+    """
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot open the source {source}: {error.strerror}") from error
+    try:
+        kind = os.fstat(fd)
+        if stat.S_ISDIR(kind.st_mode):
+            raise OSError(errno.EISDIR, f"{source} is a directory; only images can be mounted so far")
+        if stat.S_ISREG(kind.st_mode):
+            size = kind.st_size
+        elif stat.S_ISBLK(kind.st_mode):
+            size = os.lseek(fd, 0, os.SEEK_END)
+        else:
+            raise OSError(errno.EINVAL, f"{source} is neither a file nor a block device")
+        return _open_squashfs(fd, size, source, options)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> Operations:
+    from fusewire.formats.containers import find_image
+    from fusewire.formats.squashfs import Image
+    from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
+    from fusewire.ops import FOREVER
+
+    def pread(offset: int, length: int) -> bytes:
+        try:
+            return os.pread(fd, length, offset)
+        except OverflowError:
+            return b""  # an offset that no file reaches: the reader sees the end of the image
+
+    try:
+        offset = options.offset if options.offset is not None else find_image(pread, size)
+        image = Image(pread, size, offset=offset, cache_size=options.cache_size)
+    except OSError as error:
+        raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
+    uid = os.getuid() if options.squash_owner and options.uid is None else options.uid
+    gid = os.getgid() if options.squash_owner and options.gid is None else options.gid
+    kind = SquashFSWithXattrs if image.has_xattrs else SquashFS
+    return kind(
+        image,
+        uid=uid,
+        gid=gid,
+        umask=options.umask or 0,
+        entry_timeout=FOREVER if options.entry_timeout is None else options.entry_timeout,
+        attr_timeout=FOREVER if options.attr_timeout is None else options.attr_timeout,
+        negative_timeout=FOREVER if options.negative_timeout is None else options.negative_timeout,
+        close=lambda: os.close(fd),
+    )
