@@ -14,6 +14,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from report import IMAGE_GOALS
 
 COLOURS = {
     "Fusewire": "#d1495b",
@@ -38,7 +39,6 @@ CASES = {
     "grep": "grep -r",
     "mount": "mount",
 }
-GOALS = {"walk": 0.5, "sequential": 0.6, "parallel": 0.57, "random1": 0.9, "random4": 0.9, "tar": 1.0, "grep": 1.0}
 
 
 def _bars(axes: Any, names: list[str], groups: list[str], values: dict[str, list[float | None]]) -> None:
@@ -48,7 +48,10 @@ def _bars(axes: Any, names: list[str], groups: list[str], values: dict[str, list
         at = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
         heights = [value or 0 for value in values[name]]
         bars = axes.bar(at, heights, width * 0.94, label=name, color=COLOURS.get(name, "#999999"))
-        labels = ["" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in values[name]]
+        labels = [
+            "" if value is None else f"{value:.2g}".removeprefix("0") if value < 10 else f"{value:.0f}"
+            for value in values[name]
+        ]
         axes.bar_label(bars, labels, fontsize=6, padding=1)
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -85,8 +88,10 @@ def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
         if text.xy[1] > 3:
             text.xy = (text.xy[0], 3)
     for index, case in enumerate(cases):
-        if case in GOALS:
-            axes.plot([index - 0.45, index + 0.45], [GOALS[case]] * 2, color="#d1495b", linewidth=1, linestyle=":")
+        if case in IMAGE_GOALS:
+            axes.plot(
+                [index - 0.45, index + 0.45], [IMAGE_GOALS[case]] * 2, color="#d1495b", linewidth=1, linestyle=":"
+            )
     axes.set_ylim(0, 3)
     axes.set_ylabel("time, squashfuse_ll = 1", fontsize=8)
     facts = image["facts"]
@@ -94,7 +99,7 @@ def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
     axes.set_title(
         f"{compressor} image of /usr: {size} (less is better; dotted: goal)", fontsize=10, loc="left", pad=12
     )
-    axes.legend(fontsize=7, frameon=False, ncols=len(names))
+    axes.legend(fontsize=7, frameon=False, ncols=len(names), loc="upper left", bbox_to_anchor=(-0.01, -0.17))
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -126,7 +131,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
         panels.append(start)
     if not panels:
         sys.exit("chart: the results hold nothing to draw")
-    figure, grid = plt.subplots(len(panels), 1, figsize=(10, 3.1 * len(panels)), squeeze=False)
+    heights = [1.0] * len(panels)
+    if "ratio" in startup:
+        heights[-1] = 0.4
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=(10, 3.2 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
     for row, panel in zip(grid, panels, strict=True):
         panel(row[0])
     facts = results["machine"]
@@ -135,7 +145,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         + (" (quick mode)" if results["quick"] else ""),
         fontsize=11,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
+    figure.get_layout_engine().set(hspace=0.06, h_pad=0.08)
     figure.savefig(path, dpi=130)
 
 

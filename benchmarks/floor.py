@@ -57,8 +57,10 @@ def _commands(bench: Bench, threads: int) -> dict[str, tuple[list[str], str]]:
     return {C: (c, "ours"), FUSEWIRE: ours(threads), FUSEWIRE_1: ours(1)}
 
 
-def _peers(bench: Bench, found: dict[str, tuple[list[str], str]], missing: dict[str, str]) -> None:
+def _peers(bench: Bench, found: dict[str, tuple[list[str], str]], missing: dict[str, str], only: set[str]) -> None:
     for name, package, threads in ((PYFUSE3, PYFUSE3, 1), (MFUSEPY, MFUSEPY, 0), (MFUSEPY_1, MFUSEPY, 1)):
+        if only and package not in only:
+            continue
         try:
             python = bench.peer(package, package)
         except MissingError as reason:
@@ -80,11 +82,11 @@ def run(bench: Bench, rounds: int, only: set[str], threads: int | None) -> dict[
         threads = int(_fusewire("fusewire.serve.DEFAULT_THREADS") or 2)
     commands = _commands(bench, threads)
     missing: dict[str, str] = {}
-    _peers(bench, commands, missing)
+    _peers(bench, commands, missing, only)
     servers: list[Server] = []
     versions = {}
     for name, (argv, version) in commands.items():
-        if only and name.lower() not in only and name != C:
+        if only and name.split(",")[0].lower() not in only and name != C:
             continue
         server = bench.server(name)
         try:

@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,8 +211,15 @@ def _words(argv: list[str], pattern: str) -> str:
     return found[1] if found else "unknown"
 
 
-def kinds(bench: Bench, given: str | None, missing: dict[str, str]) -> list[Kind]:
-    """Give the servers that are there; `missing` gets the reason for each that is not."""
+def kinds(bench: Bench, given: str | None, only: set[str], missing: dict[str, str]) -> list[Kind]:
+    """Give the servers that are there and wanted; `missing` gets the reason for each that is wanted and not there."""
+    absent: dict[str, str] = {}
+    found = [kind for kind in _kinds(bench, given, only, absent) if not only or kind.name.lower() in only]
+    missing.update({name: reason for name, reason in absent.items() if not only or name.lower() in only})
+    return found
+
+
+def _kinds(bench: Bench, given: str | None, only: set[str], missing: dict[str, str]) -> list[Kind]:
     found = []
     ours = fusewire_command()
     found.append(
@@ -235,6 +241,8 @@ def kinds(bench: Bench, given: str | None, missing: dict[str, str]) -> list[Kind
         else:
             missing[GIVEN] = f"{given} is not a program"
     try:
+        if only and RATARMOUNT not in only:
+            raise MissingError("not asked for")
         python = bench.peer("ratarmount[squashfs]", "PySquashfsImage")
         script = str(python.with_name("ratarmount"))
         found.append(
@@ -368,7 +376,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure all servers on all images; {"images": {compressor: {"facts", "servers"}}, "missing": {name: reason}}."""
     missing: dict[str, str] = {}
-    available = [kind for kind in kinds(bench, given, missing) if not only or kind.name.lower() in only]
+    available = kinds(bench, given, only, missing)
     result: dict[str, Any] = {
         "rounds": rounds,
         "versions": {kind.name: kind.version for kind in available},
@@ -485,7 +493,3 @@ def _compare(records: dict[str, dict[str, Record]], cases: list[str]) -> None:
                 records[name][case].remark = f"not as the others: {differing}"
             else:
                 records[name][case].trouble = f"wrong answer: {differing}"
-
-
-if __name__ == "__main__":
-    sys.exit("start it with: python benchmarks/run.py images")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,12 +24,16 @@ class Goal(NamedTuple):
     least: bool = False
 
     @property
+    def figure(self) -> str:
+        return "none" if math.isinf(self.value) else f"{self.value:.2f}"
+
+    @property
     def met(self) -> bool:
         return self.value >= self.limit if self.least else self.value <= self.limit
 
 
 # Against Debian's squashfuse_ll. A multi-threaded squashfuse 0.6.2 needs 0.57 of its time for four readers.
-_IMAGE_GOALS = {
+IMAGE_GOALS = {
     "walk": 0.5,
     "sequential": 0.6,
     "parallel": 0.57,
@@ -88,11 +93,13 @@ def _image_goals(results: dict[str, Any]) -> list[Goal]:
     for compressor, image in results["images"].items():
         servers = image["servers"]
         ours = servers.get(images.FUSEWIRE, {})
-        for case, limit in _IMAGE_GOALS.items():
+        for case, limit in IMAGE_GOALS.items():
             ratio = _ratio(servers, images.FUSEWIRE, images.LOW_LEVEL, case)
+            text = f"{compressor}: {images.TITLES[case]}, against squashfuse_ll"
             if ratio is not None:
-                text = f"{compressor}: {images.TITLES[case]}, against squashfuse_ll"
                 found.append(Goal("images", text, ratio, limit))
+            elif case in ours and case in servers.get(images.LOW_LEVEL, {}):  # one of them failed, so nobody won
+                found.append(Goal("images", text, math.inf, limit))
         ratio = _ratio(servers, images.FUSEWIRE, images.KERNEL, "walk")
         if ratio is not None:
             found.append(Goal("images", f"{compressor}: {images.TITLES['walk']}, against the kernel", ratio, 1.0))
@@ -151,6 +158,7 @@ def text(results: dict[str, Any]) -> str:
         parts += _image_tables(results["images"])
     if "startup" in results:
         parts.append(_startup_text(results["startup"]))
+    parts += [f"{suite} failed: {reason}" for suite, reason in results["failed"].items()]
     parts.append(goal_table(goals(results)))
     return "\n\n".join(parts)
 
@@ -262,6 +270,6 @@ def goal_table(found: list[Goal]) -> str:
     for goal in found:
         sign = ">=" if goal.least else "<="
         verdict = "yes" if goal.met else "NO"
-        rows.append([f"{goal.suite}: {goal.text}", f"{goal.value:.2f}", f"{sign} {goal.limit:g}", verdict])
+        rows.append([f"{goal.suite}: {goal.text}", goal.figure, f"{sign} {goal.limit:g}", verdict])
     met = sum(goal.met for goal in found)
     return f"Goals: {met} of {len(found)} met\n{_table(rows)}"

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from typing import Self
 
 NOBODY = 65534
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -202,16 +203,17 @@ def serve_hello(fd: int, seen: list[int] | None = None) -> None:
 
 
 def serve_commands(target: str, strategy: str, private: str | None, **options: object) -> None:
-    """Mount, serve, and obey lines on standard input: `unmount`, `lazy`, `seen`, `threads`; each is answered by JSON."""
+    """Mount, serve, and obey lines on standard input: `unmount`, `lazy`, `seen`. Each is answered by a line of JSON."""
     import json
     import threading
 
-    from fusewire.linux import mount
+    from fusewire.linux import mount, userns
 
     def say(**answer: object) -> None:
         print(json.dumps(answer), flush=True)
 
     program = options.pop("program", None)
+    plan = userns.root_plan() if options.pop("map_root", False) else None
     try:
         mounted = mount.mount(
             os.fsencode(target),
@@ -219,6 +221,7 @@ def serve_commands(target: str, strategy: str, private: str | None, **options: o
             strategy,
             private=private and os.fsencode(private),
             program=program,
+            plan=plan,
         )
     except mount.MountError as error:
         say(errno=error.errno, text=str(error), attempts=error.attempts)
@@ -268,7 +271,7 @@ class Server:
         self.process.kill()
         self.process.communicate()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

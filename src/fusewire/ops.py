@@ -197,6 +197,7 @@ class Connection(Protocol):
     max_readahead: int
     max_pages: int
 
+    def may_block(self, long: bool = False) -> None: ...
     def notify_inval_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> bool: ...
     def notify_inval_entry(self, parent: int, name: bytes, *, expire_only: bool = False) -> bool: ...
     def notify_delete(self, parent: int, child: int, name: bytes) -> bool: ...
@@ -224,6 +225,10 @@ class Operations:
     """Requests that would change something are answered EROFS."""
     interruptible: bool = False
     """INTERRUPT is wanted: some handlers return `Pending` with an `interrupt`. Else the kernel is told not to ask."""
+    announces_blocking: bool = False
+    """Handlers call `connection.may_block()` before anything slow. One worker at a time then reads requests, and hands
+    that on only when it is about to be busy: a stream of quick requests stays on one thread and one processor, where
+    workers that take turns would pay for a change of thread per request."""
     want: int = 0
     """Further INIT flags (FUSE_* of `wire.abi`) to accept when the kernel offers them."""
     refuse: int = 0

@@ -146,6 +146,7 @@ class Session:
         self.send: Send | None = None
         self.on_ready: Callable[[], None] | None = None
         self.on_destroy: Callable[[], None] | None = None
+        self.on_block: Callable[[bool], None] | None = None
         self.ready = False
         self.refused = ""
         self.minor = 0
@@ -292,9 +293,10 @@ class Session:
         """
         key = place or message
         trace = error.__traceback__ if error is not None else None
-        while trace is not None:
-            key = f"{message} {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
+        if trace is not None:
+            key = f"{message} {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
         if key in self._logged or len(self._logged) > 1000:
             return
         self._logged.add(key)
@@ -501,6 +503,11 @@ class Session:
                 forget(node, nlookup)
             except Exception as error:  # noqa: BLE001 - the other nodes of the batch are forgotten all the same
                 self._failed(error, 0, row[6])
+
+    def may_block(self, long: bool = False) -> None:
+        """Hear from a handler that it is about to be slow; `long`: milliseconds rather than microseconds."""
+        if self.on_block is not None:
+            self.on_block(long)
 
     # Notifications: what the server says unasked. Each gives False when the kernel does not know the node or the name.
 

@@ -29,6 +29,8 @@ _INIT_OUT = layout("fuse_init_out")
 _SIZES = {"none": 0, "entry": 128, "attr": 104, "open": 16, "create": 144, "count": 8, "u64": 8, "statfs": 80}
 _SIZES |= {"lock": 24, "poll": 8, "statx": 288}
 _PATIENCE = 30.0
+# How many INIT flags there were before a minor.
+_BITS_BEFORE = ((27, 21), (28, 22), (29, 24), (30, 25), (31, 26), (32, 27), (33, 28), (36, 30))
 
 
 class BadReply(AssertionError):  # noqa: N818 - a verdict, as BadRequest is
@@ -270,9 +272,11 @@ class FakeKernel:
     def init(
         self, minor: int = abi.MINOR_MAX, flags: int = OFFERED, *, major: int = 7, max_readahead: int = 131072
     ) -> InitReply:
-        """Offer the protocol, as a kernel of that minor does (16 bytes before 7.36), and give what was agreed."""
-        if minor < 36:
-            flags &= 0x3FFFFFFF
+        """Offer the protocol, as a kernel of that minor does (16 bytes before 7.36), and give what was agreed.
+
+        Of `flags`, a kernel before 7.36 offers only those that it can know.
+        """
+        flags &= (1 << next((bits for known, bits in _BITS_BEFORE if minor < known), 64)) - 1
         body = layout("fuse_init_in").pack(major, minor, max_readahead, flags & 0xFFFFFFFF, flags >> 32)
         answer = _INIT_OUT.unpack(self.raw(abi.FUSE_INIT, 0, body if minor >= 36 else body[:16]).ljust(64, b"\0"))
         reply = InitReply._make((*answer[:3], answer[3] | answer[10] << 32, *answer[4:10], *answer[11:]))
@@ -284,7 +288,7 @@ class FakeKernel:
         self.call("destroy", 0)
 
     def _has(self, flag: int) -> bool:
-        return self.agreed is not None and bool(self.agreed.flags & flag)
+        return bool((self.agreed or self.session).flags & flag)  # a session that was resumed has had its INIT
 
     # Names
 

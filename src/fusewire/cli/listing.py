@@ -30,7 +30,7 @@ def list_mounts(json: bool, store: state.Store | None = None) -> int:
     store = store or state.of_user(os.environ)
     rows, problems = collect(store)
     for problem in problems:
-        print(f"fusewire: {_shown(str(problem))}", file=sys.stderr)
+        print(f"fusewire: {shown(str(problem))}", file=sys.stderr)
     if json:
         from json import dumps
 
@@ -108,18 +108,18 @@ def _row(record: state.Record, answer: dict[str, Any] | str) -> dict[str, Any]:
 def _print_table(rows: list[dict[str, Any]]) -> None:
     table = [[name.upper() for name in _COLUMNS]]
     for row in rows:
-        shown = dict(row)
+        cells = dict(row)
         if row["uptime"] is not None:
-            shown["uptime"] = _duration(row["uptime"])
+            cells["uptime"] = _duration(row["uptime"])
         if row["path"] == row["target"]:
-            shown["path"] = None
-        table.append([_shown("-" if shown[name] is None else str(shown[name])) for name in _COLUMNS])
+            cells["path"] = None
+        table.append([shown("-" if cells[name] is None else str(cells[name])) for name in _COLUMNS])
     widths = [max(len(line[column]) for line in table) for column in range(len(_COLUMNS))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A name in one line that every terminal and encoding takes: control characters and stray bytes are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "ascii"
     parts = []

@@ -23,6 +23,7 @@ from fusewire.linux import process
 if TYPE_CHECKING:
     from fusewire.cli.options import MountOptions
     from fusewire.linux.userns import Plan
+    from fusewire.serve import Server
 
 
 class Spec:
@@ -75,6 +76,7 @@ def parse_spec(text: str) -> Spec:
 
 def run(job: Run) -> int:
     """Do the job and give the exit status: the command's, or 125 to 127 when it could not be started."""
+    job.specs.sort(key=lambda spec: spec.target.count("/"))  # the outer mounts first
     old_mask = supervise.block()
     supervisor = os.getpid()
     to_server, to_command = process.socket_pair()
@@ -106,12 +108,14 @@ def run(job: Run) -> int:
             _end(server, signal.SIGKILL)
             print(f"fusewire: {failure}", file=sys.stderr)
             return failure.code
-        return _supervise(job, command, server)
+        status = _supervise(job, command, server)
     finally:
         remove_directories(made)
+    return supervise.EXIT_FAILED if status is None else supervise.leave(status)
 
 
-def _supervise(job: Run, command: int, server: int) -> int:
+def _supervise(job: Run, command: int, server: int) -> int | None:
+    """Wait for the command and give its wait status; None if the server has died before it."""
     namespace = _mount_namespace(command)
     lost = False
 
@@ -127,10 +131,10 @@ def _supervise(job: Run, command: int, server: int) -> int:
     if lost:
         end_namespace(namespace)
         if status == -1:
-            status = os.waitpid(command, 0)[1]
-        return supervise.EXIT_FAILED
+            os.waitpid(command, 0)
+        return None
     _end(server, signal.SIGTERM)
-    return supervise.leave(status)
+    return status
 
 
 def parse_report(report: bytes) -> tuple[list[bytes], Refused | None]:
@@ -206,8 +210,12 @@ def _read_all(fd: int) -> bytes:
     return b"".join(parts)
 
 
-def _read_answer(socket: int) -> bytes:
-    """Read the server's one byte, or all that it says of its failure."""
+def _hand_over(socket: int, note: bytes, fd: int) -> None:
+    """Give a mount's descriptor to the server and wait until it is served."""
+    try:
+        process.send_fds(socket, note, [fd])
+    except BrokenPipeError:
+        pass  # the server has ended already, and what it had to say is waiting to be read
     answer = b""
     while answer != b"R":
         try:
@@ -217,7 +225,14 @@ def _read_answer(socket: int) -> bytes:
         if not part:
             break
         answer += part
-    return answer
+    if answer != b"R":
+        _, failure = parse_report(answer)
+        raise failure or Refused("the server of the mounts died before they were ready")
+
+
+def is_nested(spec: Spec, specs: list[Spec]) -> bool:
+    """Tell whether a target lies inside another one."""
+    return any(spec.target.startswith(other.target.rstrip("/") + "/") for other in specs)
 
 
 class Refused(Exception):  # noqa: N818 - an answer for the person, with the exit status that goes with it
@@ -273,19 +288,23 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
     try:
         filesystems = [open_source(spec.source, job.options) for spec in job.specs]
     except OSError as error:
-        raise Refused(str(error)) from error
-    data, fds = process.recv_fds(socket, 65536, len(job.specs))
-    if len(fds) != len(filesystems):
-        return  # the command's side failed and has said so
-    namespace, *made = data.split(b"\0")
-    servers = [make_server(filesystem, fd, job.options) for filesystem, fd in zip(filesystems, fds, strict=True)]
-    for server in servers:
+        raise Refused(explain(error)) from error
+    servers: list[Server] = []
+    namespace = b""
+    made: list[bytes] = []
+    # One after the other: a mount point inside another mount can only be found once that one is served.
+    for spec, filesystem in zip(job.specs, filesystems, strict=True):
+        data, fds = process.recv_fds(socket, 65536, 1)
+        if not fds:
+            return  # the command's side failed and has said so
+        namespace, *made = data.split(b"\0")
+        server = make_server(filesystem, fds[0], job.options)
         server.start()
-    for spec, server in zip(job.specs, servers, strict=True):
+        servers.append(server)
         if not server.wait_ready():
             server.wait()
             raise Refused(f"{spec.source}: the mount ended before it was ready")
-    os.write(socket, b"R")
+        os.write(socket, b"R")
     os.close(socket)
     # Threads of Python cannot be woken from waiting on locks by a signal that another thread takes: the main thread
     # waits for the signal itself, and the last server to end sends it.
@@ -322,24 +341,22 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     userns.enter(plan, syscalls.CLONE_NEWPID if job.own_pids else 0)
     # The kernel clears the death signal when a process's ids or capabilities change (prctl(2)).
     process.set_pdeathsig(signal.SIGKILL, supervisor)
+    namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
     places = shadow.Shadow()
-    mounts = []
     try:
-        targets = [places.make(os.fsencode(spec.target)) for spec in job.specs]
+        # Together, where they do not depend on each other: one cover for many targets in one directory.
+        for spec in job.specs:
+            if not is_nested(spec, job.specs):
+                places.make(os.fsencode(spec.target))
+        for spec in job.specs:
+            target = places.make(os.fsencode(spec.target))
+            held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
+            _hand_over(socket, b"\0".join([namespace, *places.made]), held.fd)
+            held.close()
         places.seal()
     finally:
         if places.made:
             os.write(complain, b"".join(b"M" + path + b"\0" for path in places.made))
-    for spec, target in zip(job.specs, targets, strict=True):
-        mounts.append(mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct"))
-    namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
-    process.send_fds(socket, b"\0".join([namespace, *places.made]), [item.fd for item in mounts])
-    for item in mounts:
-        item.close()
-    answer = _read_answer(socket)
-    if answer != b"R":
-        _, failure = parse_report(answer)
-        raise failure or Refused("the server of the mounts died before they were ready")
     os.close(socket)
     if job.own_pids:
         _own_pids(job, cwd, mask, complain)
@@ -388,7 +405,7 @@ def _init(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> None:
     if command == 0:
         _child(lambda: _become(job, cwd, mask), complain)
     os.close(complain)
-    status = supervise.supervise(command, wait_all=job.wait_all)
+    status = supervise.supervise(command, wait_all=job.wait_all, init=True)
     os._exit(_as_code(status))
 
 

@@ -448,8 +448,14 @@ def _connect(path: str, timeout: float) -> _socket.socket:
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     done = False
     try:
-        sock.settimeout(timeout)
+        # A socket with Python's timeout gets EAGAIN at once while the server's queue is full; with the kernel's own
+        # it waits for room (unix_stream_connect).
+        whole = int(timeout)
+        sock.setsockopt(
+            _socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("ll", whole, int((timeout - whole) * 1e6) or 1)
+        )
         sock.connect(short)
+        sock.settimeout(timeout)
         done = True
     finally:
         if not done:

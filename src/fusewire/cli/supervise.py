@@ -44,10 +44,15 @@ def block() -> set[signal.Signals]:
 
 
 def restore(mask: set[signal.Signals]) -> None:
-    """Give a new process the signal state that a shell gives: the old mask, SIGINT and SIGPIPE as usual."""
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        # Python's own handlers would not survive exec anyway; an ignored SIGPIPE would, and break pipelines.
+    """Undo what Python has changed for a process that is about to become another program; `mask` is the old mask.
+
+    What the caller ignores (nohup, a script's `command &`) stays ignored: Python leaves it so, but for the two that it
+    ignores itself. An ignored SIGPIPE would break pipelines.
+    """
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -57,12 +62,13 @@ def supervise(
     others: Callable[[int, int], bool] | None = None,
     wait_all: bool = False,
     ignore: frozenset[int] = frozenset(),
-    job_control: bool = True,
+    init: bool = False,
 ) -> int:
     """Wait for `child` and give its wait status; signals must be held back (`block`) since before the fork.
 
     `others(pid, status)` hears of every other child that ends; giving True ends the wait with the child still there
-    (-1 is returned). With `wait_all`, go on until no child but those in `ignore` is left.
+    (-1 is returned). With `wait_all`, go on until no child but those in `ignore` is left. `init`: this process is the
+    first one of a PID namespace.
     """
     status: int | None = None
     while True:
@@ -75,7 +81,9 @@ def supervise(
             if pid == 0:
                 break
             if os.WIFSTOPPED(result):
-                if pid == child and job_control:
+                if pid == child and init:
+                    _stop_group(os.WSTOPSIG(result))
+                elif pid == child:
                     _stop_with(child)
             elif pid == child:
                 status = result
@@ -88,8 +96,13 @@ def supervise(
         info = signal.sigwaitinfo(WAITED)
         if info.si_signo == signal.SIGCHLD:
             continue
-        if info.si_code <= 0 and status is None:
+        if status is None and (info.si_code <= 0 or _is_hang_up(info.si_signo)):
             _forward(child, info.si_signo)
+
+
+def _is_hang_up(number: int) -> bool:
+    """Tell whether a signal of the terminal's came to us alone: a hang-up goes to the leader of the session only."""
+    return number == signal.SIGHUP and os.getsid(0) == os.getpid()
 
 
 def _has_other_children(ignore: frozenset[int]) -> bool:
@@ -112,6 +125,17 @@ def _stop_with(child: int) -> None:
     """Stop as the command stopped, so that the shell sees its job stopped; when continued, continue the command."""
     os.kill(os.getpid(), signal.SIGSTOP)
     _forward(child, signal.SIGCONT)
+
+
+def _stop_group(number: int) -> None:
+    """Stop those outside who wait for this init, as the command stopped; when continued, they pass that on to us.
+
+    The kernel spares the first process of a PID namespace from stopping (pid_namespaces(7)), and it cannot name those
+    outside. They are in its process group, which the terminal stops as a whole anyway; what has stopped by another
+    signal than the terminal's stays a matter between the command and whoever sent it.
+    """
+    if number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        os.kill(0, signal.SIGSTOP)
 
 
 def leave(status: int) -> int:

@@ -16,8 +16,8 @@ __all__ = ["CorruptDataError", "Decompress", "MissingDecompressorError", "availa
 
 Decompress = Callable[[bytes, int], bytes]
 
-# An honest block needs a dictionary of at most its own size, 1 MiB; the rest is room for writers with fixed presets.
-LZMA_MEMORY_LIMIT = 32 << 20
+# liblzma allocates the dictionary that a stream asks for. An honest block asks for at most its own size, 1 MiB.
+LZMA_MEMORY_LIMIT = 4 << 20
 
 
 class CorruptDataError(ValueError):

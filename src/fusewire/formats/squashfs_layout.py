@@ -185,6 +185,14 @@ def parse_superblock(head: bytes, size: int) -> Superblock:
     return found
 
 
+def option_block(superblock: Superblock, head: bytes) -> bytes:
+    """The body of the block of compressor options, which lies uncompressed behind the superblock in `head`, if any."""
+    if not superblock.flags & COMPRESSOR_OPTIONS:
+        return b""
+    start = SUPERBLOCK_SIZE + 2
+    return head[start : start + (int.from_bytes(head[SUPERBLOCK_SIZE:start], "little") & 0x7FFF)]
+
+
 def compressor_options(compression: int, block: bytes) -> dict[str, int | str]:
     """The options that the image's maker gave to the compressor, as text for people; nothing here is needed to read.
 

@@ -33,25 +33,25 @@ WALK_MAX = 16 << 20
 class XattrTable:
     """The attributes of an image by the index that inodes have; nothing is read before it is asked for."""
 
-    __slots__ = ("_blocks", "_metadata", "_table", "present")
+    __slots__ = ("_metadata", "_table", "known", "present")
 
     def __init__(self, metadata: Metadata, table: int) -> None:
         self._metadata = metadata
         self._table = table
         self.present = table != ABSENT
-        self._blocks: Generations[int, int] = Generations(4096)
+        self.known: Generations[int, int] = Generations(4096)  # what `blocks` has answered
 
     def blocks(self, index: int) -> int:
         """What the kernel's squashfs adds to st_blocks for attributes: their size in units of 512 bytes.
 
         Raises SquashfsError (EIO) when the image has no such set of attributes; the kernel then refuses the inode.
         """
-        found = self._blocks.get(index)
+        found = self.known.get(index)
         if found is None:
             found = 0
             if index != NONE and self.present:
                 found = self._set(index)[3] + 511 >> 9
-            self._blocks.put(index, found)
+            self.known.put(index, found)
         return found
 
     def _set(self, index: int) -> tuple[int, int, int, int]:

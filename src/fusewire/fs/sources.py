@@ -73,7 +73,7 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
     uid = os.getuid() if options.squash_owner and options.uid is None else options.uid
     gid = os.getgid() if options.squash_owner and options.gid is None else options.gid
     kind = SquashFSWithXattrs if image.has_xattrs else SquashFS
-    return kind(
+    filesystem = kind(
         image,
         uid=uid,
         gid=gid,
@@ -83,3 +83,8 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
         negative_timeout=FOREVER if options.negative_timeout is None else options.negative_timeout,
         close=lambda: os.close(fd),
     )
+    if isinstance(filesystem, SquashFSWithXattrs) and os.geteuid() == 0:
+        from fusewire.linux.userns import in_first_namespace
+
+        filesystem.trusted = in_first_namespace()
+    return filesystem

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fusewire.formats.squashfs import Image, Inode
-    from fusewire.ops import Buffer, Caller
+    from fusewire.ops import Buffer, Caller, Connection
 
 # fuse_direntplus with everything zero left out: generation, nanoseconds, flags. What remains, in order: nodeid,
 # entry_valid, attr_valid, ino, size, blocks, atime, mtime, ctime, mode, nlink, uid, gid, rdev, blksize; then the
@@ -38,6 +38,7 @@ class SquashFS(Operations):
 
     immutable = True
     read_only = True
+    announces_blocking = True
     time_gran = 1_000_000_000
 
     def __init__(
@@ -63,9 +64,12 @@ class SquashFS(Operations):
         self._entry_valid = _seconds(entry_timeout)
         self._attr_valid = _seconds(attr_timeout)
         self._missing = ENTRY_OUT.pack(0, 0, _seconds(negative_timeout), 0, *[0] * 18) if negative_timeout else None
-        self._prefetcher = Prefetcher(image, None if prefetch else 1)
+        self._prefetcher = Prefetcher(image, None if prefetch else 0)
         self._close = close
         self._blksize = image.superblock.block_size
+
+    def init(self, connection: Connection) -> None:
+        self._prefetcher.may_block = connection.may_block
 
     def destroy(self) -> None:
         self._prefetcher.close()
@@ -206,7 +210,14 @@ class SquashFS(Operations):
 
 
 class SquashFSWithXattrs(SquashFS):
-    """For images that store extended attributes; the others let the kernel stop asking after the first question."""
+    """For images that store extended attributes; the others let the kernel stop asking after the first question.
+
+    xattr(7): trusted.* is visible to CAP_SYS_ADMIN of the first user namespace only. The kernel refuses to read them
+    to others, but what is listed is ours to say, and copying tools complain of a name that has no value.
+    `trusted`: whether root, as it calls us, may be one with that capability.
+    """
+
+    trusted = False
 
     def getxattr(self, caller: Caller, nodeid: int, name: bytes) -> bytes:
         value = self.image.xattr(self._inode(nodeid), name)
@@ -215,7 +226,10 @@ class SquashFSWithXattrs(SquashFS):
         return value
 
     def listxattr(self, caller: Caller, nodeid: int) -> bytes:
-        return b"".join(name + b"\0" for name in self.image.xattr_names(self._inode(nodeid)))
+        names = self.image.xattr_names(self._inode(nodeid))
+        if not (self.trusted and caller.uid == 0):
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        return b"".join(name + b"\0" for name in names)
 
 
 def _seconds(timeout: float) -> int:

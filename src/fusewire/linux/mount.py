@@ -9,8 +9,9 @@ fusermount3 the set-user-ID helper (then the older fusermount).
 namespace   a user and mount namespace of this process. Others reach the mount through an open descriptor of it,
             /proc/PID/fd/N, which a symlink at the target names. The process must be the server, and of one thread.
 
-`auto` tries them in this order. auto_unmount is a job for the helper: namespaces die with their last process, and
-`fd` and `direct` accept the option and leave the clearing up to whoever finds the dead mount (`clean_up`).
+`auto` tries them in this order. auto_unmount is a job for the helper (before fusermount3 3.15 it works only together
+with allow_other): namespaces die with their last process, and `fd` and `direct` accept the option and leave the
+clearing up to whoever finds the dead mount (`clean_up`).
 """
 
 from __future__ import annotations

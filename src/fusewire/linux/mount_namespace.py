@@ -5,7 +5,9 @@ server, for nobody else keeps the namespace alive.
 
 The door: processes outside cannot see the namespace's mounts, but /proc/PID/fd/N of this process leads every process
 of the same user to the mount's root, and a symlink at the target says so. The price: getcwd(2) does not work there,
-and the link dangles once this process has ended.
+and the link dangles once this process has ended. The door is for processes of the user namespace that we came from:
+one inside ours, which has lost its capabilities by execve(2), may not look into a process that has them (ptrace(2)),
+and uses the mount point `inside`.
 """
 
 from __future__ import annotations

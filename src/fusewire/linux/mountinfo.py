@@ -127,7 +127,7 @@ def mounts(pid: int | str = "self") -> list[Mount]:
 
 def by_id(mount_id: int, text: bytes | None = None) -> Mount | None:
     """The mount with that id, None if there is none (any more). Ids are given out again later."""
-    text = b"\n" + (read() if text is None else text)
+    text = b"\n" + (read() if text is None else text) + b"\n"
     start = text.find(b"\n%d " % mount_id)
     if start < 0:
         return None

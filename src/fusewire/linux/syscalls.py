@@ -77,9 +77,6 @@ AT_SYMLINK_NOFOLLOW = 0x100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
-
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1
 PR_GET_DUMPABLE = 3
@@ -183,19 +180,6 @@ def pivot_root(new_root: bytes, put_old: bytes) -> None:
     """pivot_root(2)."""
     if _call("pivot_root", _str, _str)(new_root, put_old):
         _fail("pivot_root", new_root)
-
-
-def renameat2(old: bytes, new: bytes, flags: int) -> None:
-    """Rename within the working directory or by absolute paths, with RENAME_* flags: renameat2(2).
-
-    Raises EINVAL where the filesystem has no such rename (NFS, Lustre), ENOSYS where the libc has none.
-    """
-    try:
-        function = _call("renameat2", _int, _str, _int, _str, _uint)
-    except AttributeError:
-        raise OSError(errno.ENOSYS, "renameat2: not in this C library", os.fsdecode(old)) from None
-    if function(AT_FDCWD, old, AT_FDCWD, new, flags):
-        _fail("renameat2", new)
 
 
 def _kernel_message(context: int) -> str:

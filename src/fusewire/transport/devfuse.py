@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from _thread import allocate_lock
+import select
+from _thread import allocate_lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 from fusewire.session import FileReply, Session
@@ -43,6 +44,13 @@ class Channel:
         self._clones: list[int] = []
         self._serving = 0
         self._stale = -1
+        # Held by the worker that reads requests, where the filesystem announces what is slow; `_leader` is its thread.
+        self._lead = allocate_lock()
+        self._leader = 0
+        self._waiting = select.poll()
+        self._waiting.register(fd, select.POLLIN)
+        if session.operations.announces_blocking:
+            session.on_block = self._hand_over
         session.page_size = os.sysconf("SC_PAGE_SIZE")
         session.send = self.send
 
@@ -77,6 +85,8 @@ class Channel:
         Raises OSError for what the device should never say (EIO, EFAULT, ...).
         """
         fd = shared = self._enter()
+        if fd < 0:
+            return
         count = [0]
         self._counts.append(count)
         # The kernel refuses a buffer smaller than max(8192, header + write_in + max_write) with EINVAL.
@@ -89,7 +99,11 @@ class Channel:
                 fd = self._clone()
             if not self.session.ready and not self._handshake(fd, buffer, trace):
                 return
+            in_turn, me = self.session.on_block is not None, get_ident()
             while True:
+                if in_turn and self._leader != me:
+                    self._lead.acquire()
+                    self._leader = me
                 try:
                     length = readv(fd, vector)
                 except OSError as error:
@@ -116,13 +130,21 @@ class Channel:
                         return
                     self._refused(fd, codec.IN_HEADER.unpack_from(view)[2], error)
         finally:
+            if self._leader == get_ident():
+                self._leader = 0
+                self._lead.release()
             self._leave(fd if fd != shared else -1)
+
+    def _hand_over(self, long: bool) -> None:
+        """Let another worker read, if this one does and there is something to read, or it will be away for long."""
+        if self._leader == get_ident() and (long or self._waiting.poll(0)):
+            self._leader = 0
+            self._lead.release()
 
     def _enter(self) -> int:
         with self._lock:
-            if self.fd < 0:
-                raise OSError(errno.EBADF, "the channel is closed")
-            self._serving += 1
+            if self.fd >= 0:
+                self._serving += 1
             return self.fd
 
     def _leave(self, clone: int) -> None:
