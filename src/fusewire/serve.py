@@ -22,8 +22,9 @@ from fusewire.wire.codec import IN_HEADER, OUT_HEADER
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fusewire.adapters import Reply
     from fusewire.ops import Operations
-    from fusewire.session import Log, Reply
+    from fusewire.session import Log
 
 # More workers than processors only fight for the interpreter lock; fewer than two would let one slow read hold up all.
 DEFAULT_THREADS = min(8, max(2, os.cpu_count() or 1))

@@ -11,11 +11,12 @@ import errno
 from _thread import allocate_lock
 from collections.abc import Callable, Iterable
 from itertools import count
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
-from fusewire.ops import Buffer, Caller, Extensions, FileRange, Lock, Operations, Pending, Setattr, Statfs
+from fusewire.adapters import ADAPTERS, CHECKS, Reply, length_of, lookup, named, plain, short_setxattr, with_caller
+from fusewire.ops import Buffer, Caller, FileRange, Operations, Pending, Statfs
 from fusewire.wire import abi, codec
-from fusewire.wire.requests import BadRequest, check_name, names, parse_extensions, xattr_name
+from fusewire.wire.requests import BadRequest, check_name
 from fusewire.wire.table import OPCODE_LIMIT, TABLE, Op, layout
 
 EIO: Final = errno.EIO
@@ -60,22 +61,7 @@ _EXCLUSIVE = (
 Log = Callable[[str, BaseException | None], None]
 
 
-class FileReply:
-    """A READ reply whose data the transport fetches: a header with `unique`, then the bytes of `range`."""
-
-    __slots__ = ("range", "unique")
-
-    def __init__(self, unique: int, source: FileRange) -> None:
-        self.unique = unique
-        self.range = source
-
-
-Reply = list[Buffer] | FileReply | None
 Send = Callable[[list[Buffer]], None]
-
-
-class _Handler(Protocol):
-    def __call__(self, *args: Any) -> Any: ...
 
 
 class Agreed(NamedTuple):
@@ -168,7 +154,7 @@ class Session:
         self._interrupted: dict[int, None] = {}
         self._retrieves: dict[int, Callable[[int, memoryview], None]] = {}
         self._retrieve_numbers = count(1)
-        self._extended = False
+        self.extended = False
         self._rows: list[tuple[Any, ...] | None] = [None] * OPCODE_LIMIT
         self._refusals: list[int] = [-errno.ENOSYS] * OPCODE_LIMIT
         for op in TABLE:
@@ -197,14 +183,17 @@ class Session:
             return
         args = layout(op.args) if op.args else None
         encode = getattr(codec, "encode_" + op.reply) if op.reply else None
-        adapter = _ADAPTERS.get(name) or (_named if op.names else _plain if not op.caller else _with_caller)
+        adapter = getattr(Session, "_" + name) if name in _OWN_ARGUMENTS else ADAPTERS.get(name)
+        if adapter is None:
+            adapter = named if op.names else plain if not op.caller else with_caller
         self._rows[code] = (
             handler,
             adapter,
             args.unpack_from if args else None,
             40 + (_INIT_IN_OLD if name == "init" else args.size if args else 0),
             encode,
-            _CHECKS.get(op.reply),
+            CHECKS.get(op.reply),
+            codec.WHOLE.get(op.reply),
             op,
         )
 
@@ -229,13 +218,13 @@ class Session:
         row = self._rows[opcode] if opcode < OPCODE_LIMIT else None
         if row is None:
             return self._refuse(opcode, unique)
-        handler, adapter, unpack, need, encode, check, op = row
+        handler, adapter, unpack, need, encode, check, whole, op = row
         try:
             if length < need or _len != length:
                 raise BadRequest(errno.EINVAL if _len == length else EIO)
-            if adapter is _plain:
+            if adapter is plain:
                 result = handler(nodeid, *unpack(request, 40)) if unpack is not None else handler(nodeid)
-            elif adapter is _lookup:
+            elif adapter is lookup:
                 name = bytes(request[40 : length - 1])
                 if not name or len(name) > 255 or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
                     check_name(name, terminated=not request[-1])
@@ -248,6 +237,8 @@ class Session:
                 return None
             if type(result) is Pending:
                 return self._defer(result, unique, row, request)
+            if whole is not None:
+                return [whole(unique, result)]
             if check is not None:
                 return check(self, unique, result, request, op)  # type: ignore[no-any-return]
             data = encode(result)
@@ -280,7 +271,7 @@ class Session:
             return None
         return [_OUT(16, -number, unique)]
 
-    def _bad_reply(self, unique: int, op: Op, what: str) -> Reply:
+    def bad_reply(self, unique: int, op: Op, what: str) -> Reply:
         """Answer EIO in the place of a result that the kernel would refuse, and report it once per operation."""
         self.bad_replies += 1
         self.log_once(f"{op.name} gave {what}", place=op.name)
@@ -331,7 +322,7 @@ class Session:
         except RuntimeError as error:  # it waits for another request already; that one keeps it
             with self._lock:
                 self._pending.pop(unique, None)
-            return self._failed(error, unique, row[6])
+            return self._failed(error, unique, row[-1])
         if settled is not None:
             with self._lock:
                 self._pending.pop(unique, None)
@@ -349,7 +340,7 @@ class Session:
                 self.log_once("interrupt failed", error)
 
     def _late(self, unique: int, row: tuple[Any, ...], head: bytes, result: Any, error: BaseException | None) -> Reply:
-        _, _, _, _, encode, check, op = row
+        _, _, _, _, encode, check, _, op = row
         try:
             if error is not None:
                 raise error
@@ -416,7 +407,7 @@ class Session:
         return answer
 
     def _begin(self) -> None:
-        self._extended = bool(self.flags & (abi.FUSE_SECURITY_CTX | abi.FUSE_CREATE_SUPP_GROUP))
+        self.extended = bool(self.flags & (abi.FUSE_SECURITY_CTX | abi.FUSE_CREATE_SUPP_GROUP))
         if not self.flags & abi.FUSE_SETXATTR_EXT:
             self._shorten_setxattr()
         if not self.ready:
@@ -473,7 +464,7 @@ class Session:
         """Before SETXATTR_EXT, fuse_setxattr_in ends after `flags` (FUSE_COMPAT_SETXATTR_IN_SIZE)."""
         row = self._rows[abi.FUSE_SETXATTR]
         if row is not None:
-            self._rows[abi.FUSE_SETXATTR] = (*row[:2], _short_setxattr, 48, *row[4:])
+            self._rows[abi.FUSE_SETXATTR] = (*row[:2], short_setxattr, 48, *row[4:])
 
     def _destroy(self, nodeid: int = 0) -> None:
         self.close()
@@ -502,7 +493,7 @@ class Session:
             try:
                 forget(node, nlookup)
             except Exception as error:  # noqa: BLE001 - the other nodes of the batch are forgotten all the same
-                self._failed(error, 0, row[6])
+                self._failed(error, 0, row[-1])
 
     def may_block(self, long: bool = False) -> None:
         """Hear from a handler that it is about to be slow; `long`: milliseconds rather than microseconds."""
@@ -515,7 +506,7 @@ class Session:
         if self.send is None:
             raise OSError(errno.ENOTCONN, "the session has no transport to notify through")
         try:
-            self.send([_OUT(16 + sum(map(_length, parts)), code, 0), *parts])
+            self.send([_OUT(16 + sum(map(length_of, parts)), code, 0), *parts])
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ENOSYS):
                 return False
@@ -537,7 +528,7 @@ class Session:
 
     def notify_store(self, nodeid: int, offset: int, data: Buffer) -> bool:
         """Put data into the kernel's page cache of a node."""
-        return self._notify(abi.FUSE_NOTIFY_STORE, [_STORE(nodeid, offset, _length(data)), data])
+        return self._notify(abi.FUSE_NOTIFY_STORE, [_STORE(nodeid, offset, length_of(data)), data])
 
     def notify_retrieve(self, nodeid: int, offset: int, size: int, done: Callable[[int, memoryview], None]) -> bool:
         """Ask for what the page cache holds; `done(offset, data)` is called later, on a worker's thread.
@@ -581,268 +572,8 @@ class Session:
             done(offset, memoryview(request)[start : start + size])
 
 
-# Adapters: from a request to a handler's arguments. `handle` has the two most frequent ones inline; they stand here
-# as marks.
-
-
-def _plain(*_: Any) -> Any:
-    raise NotImplementedError
-
-
-def _lookup(*_: Any) -> Any:
-    raise NotImplementedError
-
-
-def _with_caller(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(caller, nodeid, *row[2](request, 40)) if row[2] is not None else handler(caller, nodeid)
-
-
-def _named(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    """(caller, parent, name, *struct): mknod, mkdir, unlink, rmdir, removexattr, create, tmpfile."""
-    unpack, need = row[2], row[3]
-    (name,), end = names(request, need, 1)
-    if extlen and session._extended:
-        caller = caller._replace(extensions=Extensions(*parse_extensions(request, end, extlen)))
-    return handler(caller, nodeid, name, *unpack(request, 40)) if unpack is not None else handler(caller, nodeid, name)
-
-
-def _setattr(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(caller, nodeid, _NEW(Setattr, row[2](request, 40)))
-
-
-def _tmpfile(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    # The kernel names a file without a name "/" (vfs_tmpfile): it is skipped, never given on.
-    unpack, start = row[2], row[3]
-    stop = bytes(request[start : start + 257]).find(b"\0")
-    if stop < 0:
-        raise BadRequest(errno.EINVAL)
-    if extlen and session._extended:
-        caller = caller._replace(extensions=Extensions(*parse_extensions(request, start + stop + 1, extlen)))
-    return handler(caller, nodeid, *unpack(request, 40))
-
-
-def _symlink(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    (name,), end = names(request, 40, 1)
-    data = bytes(request[end : end + 4097])
-    stop = data.find(b"\0")
-    if stop < 1:
-        raise BadRequest(errno.ENAMETOOLONG if len(data) > 4096 else errno.EINVAL)
-    if extlen and session._extended:
-        caller = caller._replace(extensions=Extensions(*parse_extensions(request, end + stop + 1, extlen)))
-    return handler(caller, nodeid, name, data[:stop])
-
-
-def _rename(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    newdir, *flags = row[2](request, 40)
-    (old, new), _ = names(request, row[3], 2)
-    return handler(caller, nodeid, old, newdir, new, flags[0] if flags else 0)
-
-
-def _link(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    (oldnodeid,) = row[2](request, 40)
-    (name,), _ = names(request, row[3], 1)
-    return handler(caller, oldnodeid, nodeid, name)
-
-
-def _write(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    fh, offset, size, write_flags, lock_owner, flags = row[2](request, 40)
-    data = memoryview(request)[80 : 80 + size]
-    if len(data) != size:
-        raise BadRequest(errno.EINVAL)
-    return handler(nodeid, fh, offset, data, write_flags, lock_owner, flags)
-
-
-def _setxattr(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    size, flags, setxattr_flags = row[2](request, 40)
-    name, end = xattr_name(request, row[3])
-    value = bytes(request[end : end + size])
-    if len(value) != size:
-        raise BadRequest(errno.EINVAL)
-    return handler(caller, nodeid, name, value, flags, setxattr_flags)
-
-
-def _short_setxattr(request: Any, offset: int) -> tuple[int, int, int]:
-    size, flags = _TWO_U32(request, offset)
-    return size, flags, 0
-
-
-def _getxattr(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(caller, nodeid, xattr_name(request, row[3])[0])
-
-
-def _removexattr(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(caller, nodeid, xattr_name(request, 40)[0])
-
-
-def _listxattr(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(caller, nodeid)
-
-
-def _locking(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    fh, owner, start, end, kind, pid, lk_flags = row[2](request, 40)
-    return handler(caller, nodeid, fh, owner, _NEW(Lock, (start, end, kind, pid)), lk_flags)
-
-
-def _ioctl(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    fh, flags, cmd, arg, in_size, out_size = row[2](request, 40)
-    data = memoryview(request)[72 : 72 + in_size]
-    if len(data) != in_size:
-        raise BadRequest(errno.EINVAL)
-    return handler(caller, nodeid, fh, flags, cmd, arg, data, out_size)
-
-
-def _flush(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    fh, lock_owner = row[2](request, 40)
-    return handler(nodeid, fh, lock_owner)
-
-
-def _node_only(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    return handler(nodeid)
-
-
-def _not_offered(
-    session: Session, handler: _Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
-) -> Any:
-    raise BadRequest(errno.ENOSYS)
-
-
-# Checks: replies whose length the request bounds. Too much would make the kernel refuse the write and the caller hang;
-# what is no buffer would end the worker that writes it.
-
-
-def _length(part: Any) -> int:
-    """Give the length of a buffer in bytes (`len` counts items). Raises TypeError for what writev(2) cannot take."""
-    kind = type(part)
-    if kind is bytes or kind is bytearray:
-        return len(part)
-    view = memoryview(part)
-    if not view.c_contiguous:
-        raise TypeError("a reply's buffer has to be contiguous")
-    return view.nbytes
-
-
-def _check_data(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
-    size = _READ_SIZE(request, 56)[0]
-    kind = type(result)
-    if kind is bytes or kind is bytearray:
-        length = len(result)
-        if length <= size:
-            return [_OUT(16 + length, 0, unique), result]
-    elif kind is FileRange:
-        fd, offset, count = result
-        plain = type(fd) is type(offset) is type(count) is int
-        if not (plain and 0 <= fd < 1 << 31 and 0 <= offset < 1 << 63 and count >= 0):
-            return session._bad_reply(unique, op, "a range of a file that cannot be")
-        return FileReply(unique, FileRange(fd, offset, min(count, size)))
-    elif kind is list:
-        length = 0
-        for part in result:
-            length += _length(part)
-        if length <= size:
-            if len(result) >= _IOV_MAX:
-                result = [b"".join(result)]
-            return [_OUT(16 + length, 0, unique), *result]
-    else:
-        length = _length(result)
-        if length <= size:
-            return [_OUT(16 + length, 0, unique), result]
-    return session._bad_reply(unique, op, f"{length} bytes where {size} were asked for")
-
-
-def _check_xattr(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
-    size = codec.U32.unpack_from(request, 40)[0]
-    length = _length(result)
-    if size == 0:
-        return [_OUT(24, 0, unique), codec.GETXATTR_OUT.pack(length)]
-    if length > size:
-        return [_OUT(16, -errno.ERANGE, unique)]
-    return [_OUT(16 + length, 0, unique), result]
-
-
-def _check_link(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
-    if type(result) is not bytes:
-        result = bytes(memoryview(result))
-    length = len(result)
-    if length >= session.page_size:
-        return [_OUT(16, -errno.ENAMETOOLONG, unique)]
-    if length == 0 or b"\0" in result:
-        return session._bad_reply(unique, op, "a target that is empty or has a NUL")
-    return [_OUT(16 + length, 0, unique), result]
-
-
-def _check_ioctl(session: Session, unique: int, result: Any, request: Any, op: Op) -> Reply:
-    out_size = codec.U32.unpack_from(request, 68)[0]
-    value, data = result
-    length = _length(data)
-    if length > out_size:
-        return session._bad_reply(unique, op, f"{length} bytes where {out_size} were asked for")
-    body = codec.encode_ioctl((value, data))
-    return [_OUT(16 + len(body), 0, unique), body]
-
-
-# writev(2) takes 1024 buffers, IOV_MAX of <limits.h>; one is the header.
-_IOV_MAX = 1024
-_CHECKS = {"data": _check_data, "xattr": _check_xattr, "link": _check_link, "ioctl": _check_ioctl}
-
-_ADAPTERS: dict[str, Any] = {
-    "init": Session._init,
-    "batch_forget": Session._batch_forget,
-    "notify_reply": Session._notify_reply,
-    "lookup": _lookup,
-    "setattr": _setattr,
-    "symlink": _symlink,
-    "tmpfile": _tmpfile,
-    "rename": _rename,
-    "rename2": _rename,
-    "link": _link,
-    "write": _write,
-    "setxattr": _setxattr,
-    "getxattr": _getxattr,
-    "removexattr": _removexattr,
-    "listxattr": _listxattr,
-    "getlk": _locking,
-    "setlk": _locking,
-    "setlkw": _locking,
-    "ioctl": _ioctl,
-    "flush": _flush,
-    "syncfs": _node_only,
-    # DAX windows belong to a virtio-fs device; a filesystem is never asked.
-    "setupmapping": _not_offered,
-    "removemapping": _not_offered,
-}
 # Rows that the session serves itself, whatever the filesystem offers.
+_OWN_ARGUMENTS = frozenset({"init", "batch_forget", "notify_reply"})
 _OWN = frozenset({"init", "destroy", "interrupt", "batch_forget", "notify_reply"})
 
 # ENOSYS is the answer that ends INTERRUPT; all others of these are never answered.
@@ -856,5 +587,3 @@ _DELETE = layout("fuse_notify_delete_out").pack
 _STORE = layout("fuse_notify_store_out").pack
 _RETRIEVE = layout("fuse_notify_retrieve_out").pack
 _PRUNE = layout("fuse_notify_prune_out").pack
-_TWO_U32 = layout("fuse_ext_header").unpack_from
-_READ_SIZE = codec.U32.unpack_from

@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fusewire.adapters import FileReply, Reply
 from fusewire.ops import Attr, Entry, Lock, Setattr, Statfs
-from fusewire.session import FileReply, Reply, Session
+from fusewire.session import Session
 from fusewire.wire import abi, codec
 from fusewire.wire.table import TABLE, Op, layout
 

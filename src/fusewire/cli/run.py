@@ -22,6 +22,7 @@ from fusewire.linux import process
 
 if TYPE_CHECKING:
     from fusewire.cli.options import MountOptions
+    from fusewire.linux.shadow import Shadow
     from fusewire.linux.userns import Plan
     from fusewire.serve import Server
 
@@ -153,13 +154,88 @@ def parse_report(report: bytes) -> tuple[list[bytes], Refused | None]:
     return made, failure
 
 
+# Mount points on the host. Runs at the same time may well share one: rmdir(2) would take it away from the others too,
+# for since Linux 3.18 it detaches what is mounted there in other namespaces (mount_namespaces(7)). So whoever mounts
+# on a directory holds a shared flock(2) on it, and only one who gets it exclusively removes it. That is the last one,
+# who need not have made it: a mode that nobody else uses tells that some run did.
+_MADE = 0o1755
+
+
+def _make(places: Shadow, target: bytes) -> bytes:
+    """Make a mount point and mark what was made on the host for it; other runs may remove parts of it meanwhile."""
+    for _ in range(100):
+        try:
+            path = places.make(target)
+        except FileNotFoundError:
+            continue
+        for directory in places.made:
+            try:
+                os.chmod(directory, _MADE)
+            except FileNotFoundError:
+                continue
+        return path
+    raise FileNotFoundError(errno.ENOENT, "other runs keep removing the mount point", target)
+
+
+def _claim(places: Shadow, target: bytes, nested: bool) -> tuple[bytes, list[int]]:
+    """Make a mount point that will stay as long as it is needed: its path, and the descriptor that holds its lock.
+
+    None is held if the filesystem has no locks (then nobody removes the directory), or on a directory of another of
+    our mounts: the server must never have a file of its own open.
+    """
+    import fcntl
+
+    for _ in range(100):  # another run may remove it at any moment until the lock is ours
+        path = _make(places, target)
+        try:
+            if nested:
+                return path, []
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            return path, []
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                _adopt(places, path)
+                return path, [fd]
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(fd)
+            return path, []
+        os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, "other runs keep removing the mount point", target)
+
+
+def _adopt(places: Shadow, path: bytes) -> None:
+    """Note what other runs have made of a mount point, too: one of us removes it."""
+    found = set(places.made)
+    info = os.stat(path)
+    while info.st_mode & 0o7777 == _MADE and info.st_uid == os.geteuid():
+        found.add(path)
+        path = os.path.dirname(path)
+        info = os.stat(path)
+    places.made[:] = sorted(found, key=len, reverse=True)
+
+
 def remove_directories(paths: list[bytes]) -> None:
-    """Remove mount points that were made on the host, where they are empty."""
+    """Remove mount points that were made on the host, where they are empty and no other run uses them."""
+    import fcntl
+
     for path in paths:
         try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.rmdir(path)
         except OSError:
             continue
+        finally:
+            os.close(fd)
 
 
 def describe(status: int) -> str:
@@ -210,10 +286,10 @@ def _read_all(fd: int) -> bytes:
     return b"".join(parts)
 
 
-def _hand_over(socket: int, note: bytes, fd: int) -> None:
-    """Give a mount's descriptor to the server and wait until it is served."""
+def _hand_over(socket: int, note: bytes, fds: list[int]) -> None:
+    """Give a mount's descriptor and the lock of its place to the server and wait until it is served."""
     try:
-        process.send_fds(socket, note, [fd])
+        process.send_fds(socket, note, fds)
     except BrokenPipeError:
         pass  # the server has ended already, and what it had to say is waiting to be read
     answer = b""
@@ -292,12 +368,14 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
     servers: list[Server] = []
     namespace = b""
     made: list[bytes] = []
+    locks: list[int] = []
     # One after the other: a mount point inside another mount can only be found once that one is served.
     for spec, filesystem in zip(job.specs, filesystems, strict=True):
-        data, fds = process.recv_fds(socket, 65536, 1)
+        data, fds = process.recv_fds(socket, 65536, 2)
         if not fds:
             return  # the command's side failed and has said so
         namespace, *made = data.split(b"\0")
+        locks += fds[1:]
         server = make_server(filesystem, fds[0], job.options)
         server.start()
         servers.append(server)
@@ -321,6 +399,8 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
         server.session.close()
     if os.getppid() != supervisor:
         end_namespace(os.fsdecode(namespace))
+        for fd in locks:
+            os.close(fd)
         remove_directories(made)
 
 
@@ -347,12 +427,14 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
         # Together, where they do not depend on each other: one cover for many targets in one directory.
         for spec in job.specs:
             if not is_nested(spec, job.specs):
-                places.make(os.fsencode(spec.target))
+                _make(places, os.fsencode(spec.target))
         for spec in job.specs:
-            target = places.make(os.fsencode(spec.target))
+            target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
             held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
-            _hand_over(socket, b"\0".join([namespace, *places.made]), held.fd)
+            _hand_over(socket, b"\0".join([namespace, *places.made]), [held.fd, *lock])
             held.close()
+            for fd in lock:
+                os.close(fd)
         places.seal()
     finally:
         if places.made:

@@ -10,9 +10,11 @@ import errno
 import os
 import select
 from _thread import allocate_lock, get_ident
+from io import FileIO
 from typing import TYPE_CHECKING, Any
 
-from fusewire.session import FileReply, Session
+from fusewire.adapters import FileReply
+from fusewire.session import Session
 from fusewire.wire import abi, codec
 
 if TYPE_CHECKING:
@@ -92,26 +94,29 @@ class Channel:
         # The kernel refuses a buffer smaller than max(8192, header + write_in + max_write) with EINVAL.
         buffer = bytearray(max(abi.FUSE_MIN_READ_BUFFER, self.session.max_write + 4096))
         view = memoryview(buffer)
-        vector = [buffer]
-        handle, readv, writev = self.session.handle, os.readv, os.writev
+        handle, write, writev = self.session.handle, os.write, os.writev
         try:
             if self.clone_fd and len(self._counts) > 1:
                 fd = self._clone()
             if not self.session.ready and not self._handshake(fd, buffer, trace):
                 return
+            # FileIO.readinto and write(2) instead of readv and writev where one buffer will do: 0.3 us less each.
+            receive = FileIO(fd, "r", closefd=False).readinto
             in_turn, me = self.session.on_block is not None, get_ident()
             while True:
                 if in_turn and self._leader != me:
                     self._lead.acquire()
                     self._leader = me
                 try:
-                    length = readv(fd, vector)
+                    length = receive(buffer)
                 except OSError as error:
                     if error.errno in _TRY_AGAIN:
                         continue
                     if error.errno in _ENDED:
                         return
                     raise
+                if length is None:
+                    continue  # EAGAIN
                 count[0] += 1
                 reply = handle(view[:length])
                 if trace is not None:
@@ -120,7 +125,10 @@ class Channel:
                     continue
                 try:
                     if type(reply) is list:
-                        writev(fd, reply)
+                        if len(reply) == 1:
+                            write(fd, reply[0])
+                        else:
+                            writev(fd, reply)
                     else:
                         self._write_file(fd, reply)
                 except OSError as error:

@@ -128,6 +128,46 @@ def encode_raw(result: Any) -> Any:
     return result
 
 
+# The replies of the most frequent requests as one message, header and body packed at once: `(unique, result) -> bytes`.
+# A second pack, a second buffer and writev(2) in the place of write(2) cost half a microsecond each time.
+
+_ENTRY_REPLY = Struct(OUT_HEADER.format + ENTRY_OUT.format[1:]).pack
+_ATTR_REPLY = Struct(OUT_HEADER.format + ATTR_OUT.format[1:]).pack
+
+
+def reply_entry(unique: int, result: Any) -> bytes:
+    """Make a whole reply of what `encode_entry` takes."""
+    if type(result) is not bytes:
+        nodeid, attr, entry_timeout, attr_timeout, generation = result
+        es, en = (
+            (entry_timeout, 0)
+            if type(entry_timeout) is int and 0 <= entry_timeout <= FOREVER
+            else timeout(entry_timeout)
+        )
+        as_, an = (
+            (attr_timeout, 0) if type(attr_timeout) is int and 0 <= attr_timeout <= FOREVER else timeout(attr_timeout)
+        )
+        return _ENTRY_REPLY(144, 0, unique, nodeid, generation, es, as_, en, an, *attr)
+    return OUT_HEADER.pack(144, 0, unique) + encode_entry(result)
+
+
+def reply_attr(unique: int, result: Any) -> bytes:
+    """Make a whole reply of what `encode_attr` takes."""
+    if type(result) is not bytes:
+        attr, seconds = result
+        whole, nano = (seconds, 0) if type(seconds) is int and 0 <= seconds <= FOREVER else timeout(seconds)
+        return _ATTR_REPLY(120, 0, unique, whole, nano, *attr)
+    return OUT_HEADER.pack(120, 0, unique) + encode_attr(result)
+
+
+def reply_none(unique: int, result: Any) -> bytes:
+    """Make a reply that is a header alone."""
+    return OUT_HEADER.pack(16, 0, unique)
+
+
+WHOLE = {"entry": reply_entry, "attr": reply_attr, "none": reply_none}
+
+
 encode_data = encode_xattr = encode_link = encode_init = encode_raw
 
 
