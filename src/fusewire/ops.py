@@ -229,6 +229,8 @@ class Operations:
     """Handlers call `connection.may_block()` before anything slow. One worker at a time then reads requests, and hands
     that on only when it is about to be busy: a stream of quick requests stays on one thread and one processor, where
     workers that take turns would pay for a change of thread per request."""
+    idle_work: bool = False
+    """Set while there is something for `idle` to do; looked at after each reply."""
     want: int = 0
     """Further INIT flags (FUSE_* of `wire.abi`) to accept when the kernel offers them."""
     refuse: int = 0
@@ -243,6 +245,13 @@ class Operations:
 
     def destroy(self) -> None:
         """End: no request comes after this. Called once per mount, also when the kernel sent no DESTROY."""
+
+    def idle(self) -> None:
+        """Work ahead a little: called by a worker that has answered and finds no request waiting. Never fails.
+
+        Only with `announces_blocking`, and while `idle_work` is set. The caller of the next request may have to wait
+        for it, so it is a matter of microseconds.
+        """
 
     # Names
 

@@ -29,6 +29,11 @@ _PLUS = Struct("=Q8xQQ8xQQQQQQ12xIIIIII4xQQII")
 _PLUS_SIZE = _PLUS.size
 _PADDING = [b"\0" * (-length & 7) for length in range(8)]
 
+# Listings made ahead (each as large as a READDIRPLUS request: 32 KiB, more only for who has a larger buffer), and how
+# many directories of a walk are remembered.
+_LISTINGS = 3
+_EXPECTED = 4096
+
 # DT_DIR of <dirent.h>.
 _DT_DIR = 4
 
@@ -65,6 +70,7 @@ class SquashFS(Operations):
         self._attr_valid = _seconds(attr_timeout)
         self._missing = ENTRY_OUT.pack(0, 0, _seconds(negative_timeout), 0, *[0] * 18) if negative_timeout else None
         self._prefetcher = Prefetcher(image, None if prefetch else 0)
+        self._ahead = _Walk()
         self._close = close
         self._blksize = image.superblock.block_size
 
@@ -133,7 +139,7 @@ class SquashFS(Operations):
             raise OSError(errno.EINVAL, "not a symbolic link", nodeid)
         return self.image.readlink(inode)
 
-    # Directories. A cookie is 1 after ".", 2 after "..", the image's own plus 2 after that.
+    # Directories. A cookie is 1 after ".", 2 after "..", and the image's own after that, which is always more.
 
     def _dots(self, nodeid: int, inode: Inode, offset: int) -> list[tuple[bytes, int, int]]:
         parent = inode.number if nodeid == 1 else inode.parent
@@ -147,25 +153,64 @@ class SquashFS(Operations):
         for name, number, cookie in self._dots(nodeid, inode, offset):
             if not buffer.add(name, number, cookie, _DT_DIR):
                 return buffer.data
-        for cookie, name, _, kind, number in self.image.entries(inode, max(offset - 2, 0)):
-            if not buffer.add(name, number, cookie + 2, _DTYPE[kind]):
+        for cookie, name, _, kind, number in self.image.entries(inode, offset if offset > 2 else 0):
+            if not buffer.add(name, number, cookie, _DTYPE[kind]):
                 break
         return buffer.data
 
     def readdirplus(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
     ) -> Buffer:
+        ahead = self._ahead
+        if offset:
+            data, directories = self._list(nodeid, offset, size)
+        else:
+            ready = ahead.ready.pop(nodeid, None)
+            data, directories = ready[1:] if ready is not None and ready[0] == size else self._list(nodeid, 0, size)
+            self.idle_work = ahead.listed(nodeid, size)
+        if directories:
+            ahead.expect(directories)
+        return data
+
+    def idle(self) -> None:
+        """List one of the directories that a walk through the tree will come to next."""
+        ahead = self._ahead
+        nodeid = ahead.next()
+        if nodeid:
+            try:
+                ahead.ready[nodeid] = (ahead.size, *self._list(nodeid, 0, ahead.size))
+            except OSError:
+                return  # who comes there will meet the error
+        self.idle_work = nodeid != 0
+
+    def _list(self, nodeid: int, offset: int, size: int) -> tuple[bytearray, list[int]]:
+        """Make a READDIRPLUS reply, and tell which directories are in it."""
         inode = self._directory(nodeid)
         data = bytearray()
+        directories: list[int] = []
+        if offset >= inode.size > 3:
+            return data, directories  # the image's cookies end there: the second question of everybody who lists
         for name, number, cookie in self._dots(nodeid, inode, offset):
             # No lookup goes with these two: the kernel skips a node id of 0.
             data += bytes(128) + DIRENT.pack(number, cookie, len(name), _DT_DIR) + name.ljust(8, b"\0")
         pack, entry_valid, attr_valid, blksize = _PLUS.pack, self._entry_valid, self._attr_valid, self._blksize
         room = size - len(data)
         owned, own_uid, own_gid, mask = self._owned, self._uid, self._gid, self._mode_mask
-        for cookie, name, ref, _, number, mode, uid, gid, length, blocks, mtime, nlink, rdev in self.image.attributes(
-            inode, max(offset - 2, 0), size // 160 + 1
-        ):
+        for (
+            cookie,
+            name,
+            ref,
+            kind,
+            number,
+            mode,
+            uid,
+            gid,
+            length,
+            blocks,
+            mtime,
+            nlink,
+            rdev,
+        ) in self.image.attributes(inode, offset if offset > 2 else 0, size // 160 + 1):
             count = len(name)
             padding = _PADDING[count & 7]
             room -= _PLUS_SIZE + count + len(padding)
@@ -173,19 +218,21 @@ class SquashFS(Operations):
                 break
             if not mode:
                 # A damaged inode: its name is listed, and whoever looks at it gets the error.
-                data += bytes(128) + DIRENT.pack(number, cookie + 2, count, 0) + name + padding
+                data += bytes(128) + DIRENT.pack(number, cookie, count, 0) + name + padding
                 continue
             if owned:
                 uid = own_uid if own_uid is not None else uid
                 gid = own_gid if own_gid is not None else gid
                 mode &= mask
+            if kind == 1:
+                directories.append(ref + 2)
             data += pack(
                 ref + 2, entry_valid, attr_valid, number, length, blocks, mtime, mtime, mtime,
-                mode, nlink, uid, gid, rdev, blksize, number, cookie + 2, count, mode >> 12,
+                mode, nlink, uid, gid, rdev, blksize, number, cookie, count, mode >> 12,
             )  # fmt: skip
             data += name
             data += padding
-        return data
+        return data, directories
 
     # Data
 
@@ -207,6 +254,50 @@ class SquashFS(Operations):
             frsize=size,
             namelen=255,
         )
+
+
+class _Walk:
+    """Knows where somebody who walks the tree will go next, and keeps a few listings that were made for him.
+
+    Between an answer and the next request the other processor is at work with the answer: time enough to make the next
+    listing. `find`, `tar` and `ls -R` take a directory's subdirectories in order, each with all that is below it.
+    """
+
+    __slots__ = ("_expected", "_found", "ready", "size")
+
+    def __init__(self) -> None:
+        self.ready: dict[int, tuple[int, bytearray, list[int]]] = {}  # node id -> size asked for, reply, directories
+        self.size = 0
+        self._expected: list[int] = []  # node ids, the next one last
+        self._found = 0
+
+    def listed(self, nodeid: int, size: int) -> bool:
+        """Hear that a directory is being listed from its beginning; tell whether this is a walk."""
+        self.size = size
+        expected = self._expected
+        if nodeid in expected[-_LISTINGS - 1 :]:
+            self._found += 1
+            while expected and expected.pop() != nodeid:
+                pass
+        elif expected or self.ready:
+            self._found = 0
+            expected.clear()
+            self.ready.clear()
+        return self._found > 1
+
+    def expect(self, directories: list[int]) -> None:
+        """Hear what is in the directory that has just been listed."""
+        self._expected += reversed(directories)
+        del self._expected[:-_EXPECTED]
+
+    def next(self) -> int:
+        """Give the node id of the directory to list ahead, or 0 if enough is ready."""
+        ready = self.ready
+        if len(ready) < _LISTINGS:
+            for nodeid in self._expected[: -_LISTINGS - 1 : -1]:
+                if nodeid not in ready:
+                    return nodeid
+        return 0
 
 
 class SquashFSWithXattrs(SquashFS):

@@ -102,6 +102,7 @@ class Channel:
                 return
             # FileIO.readinto and write(2) instead of readv and writev where one buffer will do: 0.3 us less each.
             receive = FileIO(fd, "r", closefd=False).readinto
+            operations = self.session.operations
             in_turn, me = self.session.on_block is not None, get_ident()
             while True:
                 if in_turn and self._leader != me:
@@ -131,6 +132,8 @@ class Channel:
                             writev(fd, reply)
                     else:
                         self._write_file(fd, reply)
+                    if in_turn and operations.idle_work and not self._waiting.poll(0):
+                        operations.idle()
                 except OSError as error:
                     if error.errno == _NOBODY_WAITS:
                         continue
