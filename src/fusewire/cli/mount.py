@@ -140,7 +140,7 @@ class _Daemon:
 
     def _begin(self) -> str:
         from fusewire.cli.run import plan_of
-        from fusewire.cli.serving import kernel_options, make_server
+        from fusewire.cli.serving import kernel_options, make_server, tune_process
         from fusewire.fs.sources import open_source
         from fusewire.linux import mount
 
@@ -155,6 +155,7 @@ class _Daemon:
             plan=None if job.maps == "self" else plan_of(job.maps),
             program=job.program,
         )
+        tune_process()
         self.server = server = make_server(filesystem, held.fd, job.options)
         server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
         server.start()

@@ -358,13 +358,14 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
     os.setsid()
     # SIGTERM, not SIGKILL: when the supervisor dies by violence, nobody else is left to end what runs inside.
     process.set_pdeathsig(signal.SIGTERM, supervisor)
-    from fusewire.cli.serving import make_server
+    from fusewire.cli.serving import make_server, tune_process
     from fusewire.fs.sources import open_source
 
     try:
         filesystems = [open_source(spec.source, job.options) for spec in job.specs]
     except OSError as error:
         raise Refused(explain(error)) from error
+    tune_process()
     servers: list[Server] = []
     namespace = b""
     made: list[bytes] = []

@@ -44,6 +44,20 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     )
 
 
+def tune_process() -> None:
+    """Set the interpreter up for serving; for a process that does nothing else.
+
+    Whoever waits for the interpreter lock gets it after 0.2 ms instead of 5: a thread that plans ahead must not hold
+    up an answer. What has been loaded by now lives as long as the process; the collector need not look at it again.
+    """
+    import gc
+    import sys
+
+    sys.setswitchinterval(0.0002)
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
+
+
 def make_server(filesystem: Operations, fd: int, options: MountOptions) -> Server:
     """Make the server of one mount; it takes over `fd` and the filesystem."""
     from fusewire import serve
