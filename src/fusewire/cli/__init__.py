@@ -206,7 +206,11 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         environment=environment,
         cwd=arguments.cwd,
     )
-    return run(job)
+    code = run(job)
+    # Nothing is left that the interpreter's own end would have to do, and it would take longer than the rest.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _no_command(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

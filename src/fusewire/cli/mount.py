@@ -11,13 +11,15 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
 
 from fusewire.cli import state
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from fusewire.cli.options import MountOptions
     from fusewire.linux.mount_base import Mount
     from fusewire.serve import Server

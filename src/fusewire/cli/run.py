@@ -15,12 +15,14 @@ import errno
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
 
 from fusewire.cli import supervise
 from fusewire.linux import process
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from fusewire.cli.options import MountOptions
     from fusewire.linux.shadow import Shadow
     from fusewire.linux.userns import Plan

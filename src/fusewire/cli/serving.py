@@ -6,10 +6,10 @@ Layer `cli`.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from fusewire.linux.mount_base import Options
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fusewire.cli.options import MountOptions
     from fusewire.ops import Operations

@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import sys
-from typing import NoReturn
 
 from fusewire.cli import state
 from fusewire.cli.run import explain
@@ -19,6 +18,10 @@ from fusewire.linux import process
 
 # A server that does not answer within this many seconds is called hung; how long we wait for its process to leave.
 PATIENCE = 30.0
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, program: str | None = None) -> int:
