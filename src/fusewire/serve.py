@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+import struct
 import sys
 import threading
 import time
@@ -43,15 +45,15 @@ class Server:
         debug: bool = False,
         log: Log | None = None,
         max_write: int = 1 << 20,
-        only: frozenset[int] | None = None,
+        owner: tuple[int, int] | None = None,
     ) -> None:
         """Take over `fd` (closed by `close`) and the filesystem (`destroy` is called once, at the end).
 
-        With `only`, callers of other user ids get EACCES (`allow_root`, which the kernel does not know).
+        With `owner` (uid and gid in the mount's user namespace) only that user and root get in: see `guarded`.
         """
         self.session = Session(operations, log=log, max_write=max_write)
-        if only is not None:
-            self.session.handle = guarded(self.session.handle, only)  # type: ignore[method-assign, assignment]
+        if owner is not None:
+            self.session.handle = guarded(self.session.handle, *owner)  # type: ignore[method-assign, assignment]
         self.channel = Channel(fd, self.session, clone_fd=clone_fd)
         self.threads = max(1, threads)
         self.started = time.monotonic()
@@ -130,15 +132,37 @@ _UNGUARDED = frozenset(
 )
 
 
-def guarded(handle: Callable[[Any], Reply], only: frozenset[int]) -> Callable[[Any], Reply]:
-    """Wrap a session's `handle` so that requests of user ids not in `only` are answered EACCES."""
+# Where mode, uid and gid are in a reply to GETATTR: fuse_out_header, fuse_attr_out up to attr, fuse_attr.
+_ATTR_MODE = 16 + 16 + 60
+_ATTR_OWNER = 16 + 16 + 68
+
+
+def guarded(handle: Callable[[Any], Reply], uid: int, gid: int) -> Callable[[Any], Reply]:
+    """Wrap a session's `handle` so that only a user and root get in: allow_root, which the kernel does not know.
+
+    Others' requests are answered EACCES; but what the kernel has cached it gives without asking us. So the root
+    directory is shown as the user's, mode 0700, and the kernel itself lets nobody else pass: the mount must have
+    default_permissions. (An asynchronous getattr of the root directory is not covered.)
+    """
 
     def handle_allowed(request: Any) -> Reply:
-        if len(request) >= 40:
-            _, opcode, unique, _, uid, _, _, _ = IN_HEADER.unpack_from(request)
-            if uid not in only and opcode not in _UNGUARDED:
-                return [OUT_HEADER.pack(16, -errno.EACCES, unique)]
-        return handle(request)
+        if len(request) < 40:
+            return handle(request)
+        _, opcode, unique, nodeid, caller, _, _, _ = IN_HEADER.unpack_from(request)
+        if caller not in (0, uid) and opcode not in _UNGUARDED:
+            return [OUT_HEADER.pack(16, -errno.EACCES, unique)]
+        if nodeid != abi.FUSE_ROOT_ID or opcode not in (abi.FUSE_GETATTR, abi.FUSE_STATX):
+            return handle(request)
+        if opcode == abi.FUSE_STATX:
+            return [OUT_HEADER.pack(16, -errno.ENOSYS, unique)]  # the kernel asks by GETATTR then
+        reply = handle(request)
+        if type(reply) is not list:
+            return reply
+        data = bytearray().join(reply)
+        if len(data) > _ATTR_OWNER + 8:
+            struct.pack_into("=I", data, _ATTR_MODE, stat.S_IFDIR | stat.S_IRWXU)
+            struct.pack_into("=II", data, _ATTR_OWNER, uid, gid)
+        return [data]
 
     return handle_allowed
 

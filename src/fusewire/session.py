@@ -81,6 +81,9 @@ def to_errno(error: BaseException) -> int:
         # OSError("any", "thing") has whatever it was given as its errno.
         if type(number) is int and 0 < number < 512:
             return number
+        number = _ERRNO_OF.get(type(error))
+        if number is not None:
+            return number
     if isinstance(error, (OSError, NotImplementedError)):
         for kind in type(error).__mro__:
             if kind in _ERRNO_OF:
@@ -210,6 +213,8 @@ class Session:
         The reply is a list of buffers to be written as one message, or a `FileReply`. Never raises for what the peer
         sent or for what a handler did; only BaseExceptions that are no Exceptions pass.
         """
+        if type(request) is not memoryview:
+            request = memoryview(request)
         length = len(request)
         if length < 40:
             self.dropped += 1
@@ -225,8 +230,8 @@ class Session:
             if adapter is plain:
                 result = handler(nodeid, *unpack(request, 40)) if unpack is not None else handler(nodeid)
             elif adapter is lookup:
-                name = bytes(request[40 : length - 1])
-                if not name or len(name) > 255 or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
+                name = request[40:-1].tobytes()
+                if length > 296 or not name or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
                     check_name(name, terminated=not request[-1])
                 result = handler(_NEW(Caller, (uid, gid, pid, unique, None)), nodeid, name)
             else:

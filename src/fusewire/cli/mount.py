@@ -15,6 +15,7 @@ import time
 from fusewire.cli import state
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED
+from fusewire.linux import process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def mount(job: Job) -> int:
         os.close(told)
         code = EXIT_FAILED
         try:
+            # Whatever else the caller has open (a lock, a pipe that somebody reads) must not live as long as a mount.
+            process.close_inherited_fds({0, 1, 2, tell, *_named_fds(job)})
             # Ctrl-C before the mount is ready ends both of us: the signal waits until the server looks for it.
             _Daemon(job).run(tell)
             code = 0
@@ -95,6 +98,16 @@ def mount(job: Job) -> int:
     text = os.fsdecode(answer[1:]) or f"the server died before the mount was ready ({describe(status)})"
     print(f"fusewire: {text}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _named_fds(job: Job) -> list[int]:
+    """Give the descriptors that the command line names as /dev/fd/N."""
+    found = []
+    for path in (job.source, job.target):
+        directory, _, number = path.rpartition("/")
+        if directory in ("/dev/fd", "/proc/self/fd") and number.isdecimal():
+            found.append(int(number))
+    return found
 
 
 def _say(tell: int, message: bytes) -> None:
@@ -127,8 +140,6 @@ class _Daemon:
                 sys.stdout.write(report)
                 sys.stdout.flush()
             else:
-                from fusewire.linux import process
-
                 _say(tell, b"R" + os.fsencode(report))
                 os.close(tell)
                 process.detach_from_terminal()
@@ -222,8 +233,14 @@ class _Daemon:
 
     def _umount(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.mount is not None
-        self.mount.unmount(lazy=bool(request.get("lazy")))
-        os.kill(os.getpid(), signal.SIGUSR1)
+        lazy = bool(request.get("lazy"))
+        self.mount.unmount(lazy=lazy)
+        if not lazy:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        elif self.record is not None:
+            # Out of sight, and off the record; we serve those who have something open until they are done.
+            record, self.record = self.record, None
+            self.store.remove(record)
         return {}
 
     def _clear_up(self) -> None:

@@ -379,7 +379,7 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
             return  # the command's side failed and has said so
         namespace, *made = data.split(b"\0")
         locks += fds[1:]
-        server = make_server(filesystem, fds[0], job.options)
+        server = make_server(filesystem, fds[0], job.options, (0, 0) if "root" in job.maps else None)
         server.start()
         servers.append(server)
         if not server.wait_ready():
@@ -420,7 +420,10 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     # Real root, and a namespace that knows many ids, run programs under other ids too: they are let in, as they would
     # be on a kernel filesystem. Root of either kind reads everything in spite of the modes.
     opened = not plan.new_user or (plan.helpers and "root" in job.maps)
-    cwd = job.cwd or os.getcwd()
+    try:
+        cwd = job.cwd or os.getcwd()
+    except FileNotFoundError:  # the working directory has been removed: it stays the command's all the same
+        cwd = "."
     userns.enter(plan, syscalls.CLONE_NEWPID if job.own_pids else 0)
     # The kernel clears the death signal when a process's ids or capabilities change (prctl(2)).
     process.set_pdeathsig(signal.SIGKILL, supervisor)

@@ -58,8 +58,13 @@ def tune_process() -> None:
     gc.set_threshold(20_000, 50, 100)
 
 
-def make_server(filesystem: Operations, fd: int, options: MountOptions) -> Server:
-    """Make the server of one mount; it takes over `fd` and the filesystem."""
+def make_server(
+    filesystem: Operations, fd: int, options: MountOptions, owner: tuple[int, int] | None = None
+) -> Server:
+    """Make the server of one mount; it takes over `fd` and the filesystem.
+
+    owner: the uid and gid of the mount's owner in its user namespace, where that is not this process's.
+    """
     from fusewire import serve
 
     server = serve.Server(
@@ -68,7 +73,7 @@ def make_server(filesystem: Operations, fd: int, options: MountOptions) -> Serve
         threads=options.max_threads or serve.DEFAULT_THREADS,
         clone_fd=options.clone_fd,
         debug=options.debug,
-        only=frozenset({0, os.getuid()}) if options.allow_root else None,
+        owner=(owner or (os.getuid(), os.getgid())) if options.allow_root else None,
     )
     session = server.session
     if options.max_readahead is not None:

@@ -29,6 +29,7 @@ FORWARDED = frozenset(
         signal.SIGTSTP,
     }
 )
+ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 WAITED = FORWARDED | {signal.SIGCHLD}
 
 # The tool's own failures, as env(1), timeout(1) and container engines number them.
@@ -67,8 +68,8 @@ def supervise(
     """Wait for `child` and give its wait status; signals must be held back (`block`) since before the fork.
 
     `others(pid, status)` hears of every other child that ends; giving True ends the wait with the child still there
-    (-1 is returned). With `wait_all`, go on until no child but those in `ignore` is left. `init`: this process is the
-    first one of a PID namespace.
+    (-1 is returned). With `wait_all`, go on until no child but those in `ignore` is left, or until we are told to end
+    when the command has ended. `init`: this process is the first one of a PID namespace.
     """
     status: int | None = None
     while True:
@@ -96,7 +97,10 @@ def supervise(
         info = signal.sigwaitinfo(WAITED)
         if info.si_signo == signal.SIGCHLD:
             continue
-        if status is None and (info.si_code <= 0 or _is_hang_up(info.si_signo)):
+        if status is not None:
+            if info.si_signo in ENDING:
+                return status  # the command cannot be told any more; whoever else is left has no say
+        elif info.si_code <= 0 or _is_hang_up(info.si_signo):
             _forward(child, info.si_signo)
 
 

@@ -55,6 +55,8 @@ def _umount_record(store: state.Store, record: state.Record, lazy: bool, program
         pidfd = process.open_alive(record.pid, record.starttime)
         try:
             _ask(record, lazy)
+            if lazy and not os.path.lexists(record.directory):
+                return  # its server goes on for those who have something open
             if pidfd is not None:
                 _wait_end(record, pidfd, lazy)
         finally:
