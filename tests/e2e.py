@@ -178,11 +178,13 @@ class World:
         assert (done.returncode, done.stderr) == (0, "")
 
     def listed(self, uid: int = USER, **how: Any) -> list[dict[str, Any]]:
-        """What `fusewire list --json` says."""
+        """What `fusewire list --json` says of the mounts of this world."""
         done = self.fw("list", "--json", uid=uid, **how)
         assert done.returncode == 0, done.stderr
+        # root's are the machine's, and a descriptor's mount has no target of ours.
+        places = (f"{self.base}/", f"{self.base.parent}/fusewire-images-")
         found: list[dict[str, Any]] = json.loads(done.stdout)
-        return found
+        return [row for row in found if any(str(row[name]).startswith(places) for name in ("source", "target"))]
 
     # What is left
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import squashfs_images
-from e2e import OTHER, PATIENCE, ROOT, USER, World, command_line, digest, ends, status
+from e2e import NOBODY, OTHER, PATIENCE, USER, World, command_line, digest, ends, status
 from fusewire.linux import mountinfo, syscalls
 
 HELLO = "hello world\n"
@@ -72,14 +73,16 @@ def test_server_is_in_a_session_of_its_own_and_holds_nothing_of_the_callers(
     world: World, small: Path, how: dict[str, Any]
 ) -> None:
     reader, writer = os.pipe()
-    with world.mounted(small, "mnt", pass_fds=[writer], uid=how["uid"], fusermount=how.get("fusermount", False)) as m:
+    with world.mounted(small, "mnt", pass_fds=[writer], **how) as found:
         os.close(writer)
-        assert os.read(reader, 1) == b""  # who reads from a pipe of the caller's gets its end
+        ended = bool(select.select([reader], [], [], PATIENCE)[0])
         os.close(reader)
-        pid = m["pid"]
+        assert ended  # who reads from a pipe of the caller's gets its end
+        pid = found["pid"]
         assert os.getsid(pid) == pid
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         kinds = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert kinds.count(str(small)) == 1
         assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
         assert len([kind for kind in kinds if kind.startswith(("pipe:", "/dev/pts"))]) == 0
         assert len(kinds) < 12
@@ -101,7 +104,7 @@ def test_auto_unmount_and_other_options_work_by_every_strategy(
             inside = subprocess.check_output(["grep", "a,b", "/proc/self/mountinfo"], text=True)
         assert "fuse.fusewire.x a,b" in inside
         for word in ("ro", "nosuid", "nodev", "noexec", "noatime", "max_read=131072", f"user_id={uid}"):
-            assert word in inside.replace(" ", ",").split(",")
+            assert word in inside.strip().replace(" ", ",").split(",")
 
 
 def test_umount_succeeds_lazily_and_refuses_while_busy(world: World, small: Path, how: dict[str, Any]) -> None:
@@ -118,12 +121,16 @@ def test_umount_succeeds_lazily_and_refuses_while_busy(world: World, small: Path
     assert (done.returncode, done.stderr) == (0, "")
     assert not os.path.lexists(found["target"])
     assert world.listed(uid) == []
+    assert world.records(uid) == []
     reader.say("")
-    reader.finish()  # with its bytes or with an error, but it ends
+    assert reader.finish().stdout == "300000\n"  # what is open can be read to its end
+    assert ends(found["pid"])
 
 
 def test_umount_all_ends_every_mount_of_the_user(world: World, small: Path, how: dict[str, Any]) -> None:
     uid = how["uid"]
+    if uid == 0:
+        pytest.skip("the mounts of root are the machine's")
     names = ["one", "two words", "new\nline"]
     for name in names:
         world.mount(small, name, **how)
@@ -146,6 +153,9 @@ def test_second_mount_on_a_target_is_refused_or_lies_on_top(world: World, small:
     if first["strategy"] == "namespace":
         assert done.returncode == 125
         assert "umount" in done.stderr
+    elif first["strategy"] == "fusermount3":  # the helper wants the user to be able to write there
+        assert done.returncode == 125
+        assert "choose a mount point that you own" in done.stderr
     else:  # as mount(8) has it
         assert done.returncode == 0, done.stderr
         assert world.fw("umount", "mnt", **how).returncode == 0
@@ -160,7 +170,7 @@ def test_idle_mount_unmounts_itself_after_its_timeout(world: World, small: Path,
     reader = world.start("program", "sh", "-c", "exec 9<mnt/data; echo open; read x", uid=how["uid"])
     if reader.line() == "open":  # it may have been gone already
         assert not ends(found["pid"], 0.7)  # in use is not idle, however quiet
-    reader.close_stdin()
+    reader.say("")
     reader.finish()
     assert ends(found["pid"], PATIENCE)
     assert not os.path.lexists(found["target"])
@@ -204,8 +214,9 @@ def test_mounts_work_in_four_readers_at_once(
 def test_namespace_made_by_others_is_mounted_in_directly(world: World, small: Path) -> None:
     words = " ".join(world.tool()[:-1])
     script = (
+        "if [ -e /tmp/fusewire-0 ]; then mount -t tmpfs -o mode=700 none /tmp/fusewire-0; fi; "  # the real root's
         f"{words} -m fusewire mount --json {small} mnt && cat mnt/hello.txt && "
-        f"grep -c fuse.fusewire /proc/self/mountinfo && {words} -m fusewire umount mnt"
+        f"grep -c 'mnt .* fuse.fusewire' /proc/self/mountinfo && {words} -m fusewire umount mnt"
     )
     done = world.do("sh", "-c", script, wrap=["unshare", "-Urm"])
     assert done.stderr == ""
@@ -224,7 +235,7 @@ def test_descriptor_that_somebody_else_has_mounted_is_served(world: World, small
         found = world.mount(small, f"/dev/fd/{device}", pass_fds=[device])
         os.close(device)
         device = -1
-        assert (found["strategy"], found["target"]) == ("fd", f"/dev/fd/{found['path'].rpartition('/')[2]}")
+        assert found["strategy"] == "fd"
         assert world.sh(f"cat {target}/hello.txt").stdout == HELLO
         assert world.listed()[0]["state"] == "serving"
     finally:
@@ -360,13 +371,12 @@ def test_empty_directory_comes_back_as_it_was(world: World, small: Path, how: di
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o2751, uid, uid)
 
 
-@pytest.mark.parametrize("target", ["./x", "sub/../sub/x", "sub/", "sub//x/", "ü ' \"$x", "-n"])
+@pytest.mark.parametrize("target", ["./x", "sub/../sub/x", "sub/", "sub//x/", "ü ' \"$x", "./-n"])
 def test_target_may_be_named_in_many_ways(world: World, small: Path, target: str) -> None:
     sub = world.home() / "sub"
     sub.mkdir()
     os.chown(sub, USER, USER)
-    found = world.mount(small, "--", target) if target.startswith("-") else world.mount(small, target)
-    del found
+    world.mount(small, target)
     quoted = target.replace("'", "'\\''")
     assert world.sh(f"cat -- '{quoted}/hello.txt'").stdout == HELLO
 
@@ -377,7 +387,7 @@ def test_target_may_be_named_in_many_ways(world: World, small: Path, target: str
         ("file", "exists and is not a directory"),
         ("/opt/fusewire-missing", "you may not write in /opt"),
         ("missing/deeper", "missing cannot be reached: No such file or directory"),
-        ("file/deeper", "file cannot be reached: Not a directory"),
+        ("file/deeper", "Not a directory"),
         ("dangling", ""),
     ],
 )
@@ -517,8 +527,8 @@ def test_server_is_small_and_named_for_what_it_is(world: World, small: Path) -> 
 
 @pytest.fixture(autouse=True)
 def unmounted(world: World) -> Iterator[None]:
-    """Unmount in the orderly way what a test has left to this fixture; what a failed one has left is not reported."""
+    """Unmount what a test has left to this fixture. Never `--all`: the mounts of root are the machine's."""
     yield
-    for uid in (0, USER):
-        if ROOT and world.records(uid):
-            world.fw("umount", "--lazy", "--all", uid=uid)
+    for uid in (0, USER, NOBODY):
+        for row in world.listed(uid) if world.records(uid) else []:
+            world.fw("umount", "--lazy", row["id"], uid=uid)

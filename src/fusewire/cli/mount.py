@@ -160,9 +160,12 @@ class _Daemon:
         job = self.job
         filesystem = open_source(job.source, job.options)
         self.record = record = self.store.create(job.source, job.target, options=job.options.given)
+        options = kernel_options(job.options, job.source)
+        target = job.target if job.target.startswith("/") else os.path.join(os.getcwd(), job.target)
+        os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
         self.mount = held = mount.mount(
-            os.fsencode(job.target),
-            kernel_options(job.options, job.source),
+            os.fsencode(target),
+            options,
             job.strategy,
             private=os.fsencode(record.mount_point),
             plan=None if job.maps == "self" else plan_of(job.maps),
@@ -235,7 +238,7 @@ class _Daemon:
         assert self.mount is not None
         lazy = bool(request.get("lazy"))
         self.mount.unmount(lazy=lazy)
-        if not lazy:
+        if not lazy or self.mount.strategy == "fd":
             os.kill(os.getpid(), signal.SIGUSR1)
         elif self.record is not None:
             # Out of sight, and off the record; we serve those who have something open until they are done.

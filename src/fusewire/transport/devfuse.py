@@ -11,6 +11,7 @@ import os
 import select
 from _thread import allocate_lock, get_ident
 from io import FileIO
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from fusewire.adapters import FileReply
@@ -28,6 +29,12 @@ _TRY_AGAIN = frozenset({errno.ENOENT, errno.EINTR, errno.EAGAIN})
 _ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 # write(2), fuse_dev_do_write: ENOENT says that nobody waits for this reply any more.
 _NOBODY_WAITS = errno.ENOENT
+
+
+# A wait below this (seconds) could have been spent looking; a look takes about a microsecond.
+_SHORT_WAIT = 0.0001
+_MOST_TRIES = 64
+_CAN_SPIN = len(os.sched_getaffinity(0)) > 1
 
 
 class Channel:
@@ -49,6 +56,7 @@ class Channel:
         # Held by the worker that reads requests, where the filesystem announces what is slow; `_leader` is its thread.
         self._lead = allocate_lock()
         self._leader = 0
+        self._spin = 0
         self._waiting = select.poll()
         self._waiting.register(fd, select.POLLIN)
         if session.operations.announces_blocking:
@@ -104,6 +112,9 @@ class Channel:
             receive = FileIO(fd, "r", closefd=False).readinto
             operations = self.session.operations
             in_turn, me = self.session.on_block is not None, get_ident()
+            tries = 0
+            if in_turn:
+                os.set_blocking(fd, False)
             while True:
                 if in_turn and self._leader != me:
                     self._lead.acquire()
@@ -116,8 +127,13 @@ class Channel:
                     if error.errno in _ENDED:
                         return
                     raise
-                if length is None:
-                    continue  # EAGAIN
+                if length is None:  # EAGAIN: only a leader's descriptor does not block
+                    if tries > 0:
+                        tries -= 1
+                    else:
+                        self._wait()
+                    continue
+                tries = self._spin
                 count[0] += 1
                 reply = handle(view[:length])
                 if trace is not None:
@@ -132,7 +148,7 @@ class Channel:
                             writev(fd, reply)
                     else:
                         self._write_file(fd, reply)
-                    if in_turn and operations.idle_work and not self._waiting.poll(0):
+                    if operations.idle_work and self._leader == me and not self._waiting.poll(0):
                         operations.idle()
                 except OSError as error:
                     if error.errno == _NOBODY_WAITS:
@@ -145,6 +161,21 @@ class Channel:
                 self._leader = 0
                 self._lead.release()
             self._leave(fd if fd != shared else -1)
+
+    def _wait(self) -> None:
+        """Sleep until there is something to read, and decide how often to look again before the next sleep.
+
+        A request that comes within microseconds finds this thread awake if it goes on looking; put to sleep, it would
+        cost both sides a wake-up, on virtual machines more than all the rest. As the kernel's halt polling does, look
+        on where waits have been short, twice as long each time, and stop at once where one was not.
+        """
+        before = perf_counter()
+        self._waiting.poll()
+        waited = perf_counter() - before
+        if waited < _SHORT_WAIT and _CAN_SPIN:
+            self._spin = min(max(2 * self._spin, 4), _MOST_TRIES)
+        elif waited > 10 * _SHORT_WAIT:
+            self._spin = 0
 
     def _hand_over(self, long: bool) -> None:
         """Let another worker read, if this one does and there is something to read, or it will be away for long."""
