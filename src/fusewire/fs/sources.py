@@ -56,18 +56,14 @@ def open_source(source: str, options: SourceOptions) -> Operations:
 def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> Operations:
     from fusewire.formats.containers import find_image
     from fusewire.formats.squashfs import Image
+    from fusewire.fs.imagefile import ImageFile
     from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
     from fusewire.ops import FOREVER
 
-    def pread(offset: int, length: int) -> bytes:
-        try:
-            return os.pread(fd, length, offset)
-        except OverflowError:
-            return b""  # an offset that no file reaches: the reader sees the end of the image
-
+    file = ImageFile(fd)
     try:
-        offset = options.offset if options.offset is not None else find_image(pread, size)
-        image = Image(pread, size, offset=offset, cache_size=options.cache_size)
+        offset = options.offset if options.offset is not None else find_image(file.pread, size)
+        image = Image(file.pread, size, offset=offset, cache_size=options.cache_size)
     except OSError as error:
         raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
     uid = os.getuid() if options.squash_owner and options.uid is None else options.uid
@@ -81,7 +77,7 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
         entry_timeout=FOREVER if options.entry_timeout is None else options.entry_timeout,
         attr_timeout=FOREVER if options.attr_timeout is None else options.attr_timeout,
         negative_timeout=FOREVER if options.negative_timeout is None else options.negative_timeout,
-        close=lambda: os.close(fd),
+        file=file,
     )
     if isinstance(filesystem, SquashFSWithXattrs) and os.geteuid() == 0:
         from fusewire.linux.userns import in_first_namespace

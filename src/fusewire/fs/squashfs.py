@@ -17,9 +17,10 @@ from fusewire.ops import FOREVER, Operations, Statfs
 from fusewire.wire.codec import ATTR_OUT, DIRENT, ENTRY_OUT, DirBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from fusewire.formats.squashfs import Image, Inode
+    from fusewire.fs.imagefile import ImageFile
     from fusewire.ops import Buffer, Caller, Connection
 
 # fuse_direntplus with everything zero left out: generation, nanoseconds, flags. What remains, in order: nodeid,
@@ -57,9 +58,9 @@ class SquashFS(Operations):
         attr_timeout: float = FOREVER,
         negative_timeout: float = FOREVER,
         prefetch: bool = True,
-        close: Callable[[], None] | None = None,
+        file: ImageFile | None = None,
     ) -> None:
-        """Serve `image`; `close` is called at the end (it owns whatever `image` reads from)."""
+        """Serve `image`; `file` is what it reads from, closed at the end."""
         self.image = image
         self.root = image.root
         self._uid = uid
@@ -71,16 +72,18 @@ class SquashFS(Operations):
         self._missing = ENTRY_OUT.pack(0, 0, _seconds(negative_timeout), 0, *[0] * 18) if negative_timeout else None
         self._prefetcher = Prefetcher(image, None if prefetch else 0)
         self._ahead = _Walk()
-        self._close = close
+        self._file = file
         self._blksize = image.superblock.block_size
 
     def init(self, connection: Connection) -> None:
         self._prefetcher.may_block = connection.may_block
+        if self._file is not None:
+            self._file.may_block = connection.may_block
 
     def destroy(self) -> None:
         self._prefetcher.close()
-        if self._close is not None:
-            self._close()
+        if self._file is not None:
+            self._file.close()
 
     # Node ids
 
