@@ -88,9 +88,7 @@ def test_server_is_in_a_session_of_its_own_and_holds_nothing_of_the_callers(
         assert len(kinds) < 12
 
 
-def test_auto_unmount_and_other_options_work_by_every_strategy(
-    world: World, small: Path, how: dict[str, Any]
-) -> None:
+def test_auto_unmount_and_other_options_work_by_every_strategy(world: World, small: Path, how: dict[str, Any]) -> None:
     uid = how["uid"]
     options = r"auto_unmount,noexec,noatime,max_read=131072,fsname=a\,b,subtype=x"
     if uid not in (0, USER):
@@ -246,6 +244,26 @@ def test_descriptor_that_somebody_else_has_mounted_is_served(world: World, small
     assert world.listed() == []
 
 
+def test_umount_of_a_descriptors_mount_ends_its_server_only(world: World, small: Path) -> None:
+    target = world.home(0) / "mnt"
+    target.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    data = b"fd=%d,rootmode=40000,user_id=%d,group_id=%d" % (device, USER, USER)
+    syscalls.mount(b"x", os.fsencode(target), b"fuse.test", 0, data)
+    try:
+        found = world.mount(small, f"/proc/self/fd/{device}", pass_fds=[device])
+    finally:
+        os.close(device)
+    try:
+        assert world.sh(f"cat {target}/hello.txt").stdout == HELLO
+        done = world.fw("umount", found["id"])
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ends(found["pid"], 0.0)
+        assert "not connected" in world.sh(f"cat {target}/data").stderr
+    finally:
+        syscalls.umount2(os.fsencode(target), 0)
+
+
 def test_failing_auto_says_of_each_strategy_why_and_what_to_do(world: World, small: Path) -> None:
     full = world.home() / "full"
     full.mkdir()
@@ -391,9 +409,7 @@ def test_target_may_be_named_in_many_ways(world: World, small: Path, target: str
         ("dangling", ""),
     ],
 )
-def test_target_that_cannot_be_is_refused_and_left_alone(
-    world: World, small: Path, target: str, message: str
-) -> None:
+def test_target_that_cannot_be_is_refused_and_left_alone(world: World, small: Path, target: str, message: str) -> None:
     (world.home() / "file").write_text("mine\n")
     (world.home() / "dangling").symlink_to("/proc/1/fd/99")
     done = world.fw("mount", small, target)
@@ -507,7 +523,17 @@ def test_mount_says_nothing_without_json(world: World, small: Path) -> None:
     assert world.fw("umount", "mnt").returncode == 0
 
 
-def test_mount_can_be_moved_away_from_a_working_directory_that_vanished(world: World, small: Path) -> None:
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_descriptors_may_be_closed(world: World, small: Path, redirection: str) -> None:
+    words = " ".join([*world.tool()[:-1], "-m", "fusewire"])
+    done = world.sh(f"{words} mount {small} mnt {redirection}; cat mnt/hello.txt")
+    assert done.stdout == HELLO
+    assert world.fw("umount", "mnt").returncode == 0
+    done = world.sh(f"{words} run {small}:/opt/image -- sh -c 'cat /opt/image/hello.txt >out' {redirection}; cat out")
+    assert done.stdout == HELLO
+
+
+def test_working_directory_that_vanished_is_no_obstacle(world: World, small: Path) -> None:
     gone = world.home() / "gone"
     gone.mkdir()
     os.chown(gone, USER, USER)
@@ -516,6 +542,16 @@ def test_mount_can_be_moved_away_from_a_working_directory_that_vanished(world: W
     done = world.sh(f"rmdir {gone} && {words} mount {small} {target} && cat {target}/hello.txt", cwd=gone)
     assert (done.returncode, done.stdout, done.stderr) == (0, HELLO, "")
     assert world.fw("umount", target).returncode == 0
+
+
+@pytest.mark.xfail(reason="fusewire.linux.mount asks for the working directory even if the target is absolute")
+def test_working_directory_that_vanished_is_no_obstacle_to_run(world: World, small: Path) -> None:
+    gone = world.home() / "gone"
+    gone.mkdir()
+    os.chown(gone, USER, USER)
+    words = " ".join([*world.tool()[:-1], "-m", "fusewire"])
+    done = world.sh(f"rmdir {gone} && {words} run {small}:/opt/image -- cat /opt/image/hello.txt", cwd=gone)
+    assert (done.returncode, done.stdout, done.stderr) == (0, HELLO, "")
 
 
 def test_server_is_small_and_named_for_what_it_is(world: World, small: Path) -> None:

@@ -137,9 +137,7 @@ def test_squash_owner_makes_every_file_the_callers(
 def test_map_root_shows_roots_files_as_roots(
     world: World, image_of: Callable[[str], Path], oracle: Callable[[str], Tree]
 ) -> None:
-    same(
-        seen_by_run(world, image_of("zstd"), "--map-root"), without_trusted(owners(oracle("zstd"), only(0), only(0)))
-    )
+    same(seen_by_run(world, image_of("zstd"), "--map-root"), without_trusted(owners(oracle("zstd"), only(0), only(0))))
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import random
 import shutil
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import squashfs_images
-from e2e import NOBODY, OTHER, PATIENCE, USER, Process, World, children, ends, status
+from e2e import OTHER, USER, Process, World, children, ends, status
 
 HELLO = "hello world\n"
 COLD = "attr_timeout=0,entry_timeout=0,cache_size=0"  # so that every look at the mount needs its server
@@ -39,7 +39,9 @@ def how(request: pytest.FixtureRequest) -> dict[str, Any]:
 class Running:
     """A `fusewire run` whose command waits: `supervisor`, `server`, `command` are its processes."""
 
-    def __init__(self, world: World, image: Path, *options: str, target: str = "new/deep/place", script: str = "") -> None:
+    def __init__(
+        self, world: World, image: Path, *options: str, target: str = "new/deep/place", script: str = ""
+    ) -> None:
         script = script or "echo up; while read line; do cat new/deep/place/hello.txt; done; echo end"
         words = ["run", "-o", COLD, *options, f"{image}:{target}", "--", "sh", "-c", script]
         self.process: Process = world.start("fusewire", *words)
@@ -49,8 +51,8 @@ class Running:
 
 
 @pytest.fixture
-def running(world: World, small: Path) -> Iterator[Callable[..., Running]]:
-    yield lambda *options, **how: Running(world, small, *options, **how)
+def running(world: World, small: Path) -> Callable[..., Running]:
+    return lambda *options, **how: Running(world, small, *options, **how)
 
 
 @pytest.mark.parametrize("options", [[], ["--pid"]], ids=["plain", "pid"])
@@ -59,8 +61,8 @@ def test_killed_server_ends_the_command_and_says_so(
 ) -> None:
     job = running(*options)
     os.kill(job.server, signal.SIGKILL)
+    assert job.process.wait() == 125
     done = job.process.finish()
-    assert done.returncode == 125
     assert done.stderr == "fusewire: the server of the mounts has died (killed by SIGKILL); ending the command\n"
     assert world.pids() == []
     assert os.listdir(world.home()) == []
@@ -108,6 +110,36 @@ def test_reader_in_the_middle_of_a_request_gets_an_error_when_the_server_dies(
     os.kill(job.server, signal.SIGKILL)
     assert job.process.finish().returncode == 125
     assert world.pids() == []
+
+
+def test_signal_to_all_processes_of_a_job_leaves_the_command_its_files(
+    world: World, running: Callable[..., Running]
+) -> None:
+    # A command that cleans up when a service manager ends its job.
+    script = "trap 'cat new/deep/place/hello.txt; exit 7' TERM; echo up; while :; do read line || exit 1; done"
+    job = running(script=script)
+    for pid in (job.server, job.supervisor, job.command):
+        os.kill(pid, signal.SIGTERM)
+    done = job.process.finish()
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.startswith(
+        HELLO
+    )  # twice, if it was not yet on its way out when the supervisor passed its own on
+
+
+def test_runs_that_share_a_place_do_not_take_it_from_each_other(world: World, running: Callable[..., Running]) -> None:
+    # rmdir(2) of a mount point detaches it in all namespaces: the first that ends must leave it.
+    first, second, third = running(), running(), running(target="new/deep/other", script="echo up; read x")
+    first.process.close_stdin()
+    assert first.process.wait() == 0
+    second.process.say("")
+    assert second.process.line() == HELLO.strip()
+    second.process.close_stdin()
+    assert second.process.wait() == 0
+    assert os.listdir(world.home() / "new" / "deep") == ["other"]
+    third.process.close_stdin()
+    assert third.process.wait() != 125
+    assert os.listdir(world.home()) == []
 
 
 def test_wait_all_can_be_ended_by_a_signal_after_the_command(world: World, small: Path) -> None:
@@ -198,11 +230,16 @@ def test_umount_lazy_ends_a_server_that_hangs(
     assert world.records(uid) == []
 
 
-def test_mount_that_is_interrupted_before_it_is_ready_leaves_nothing(world: World, small: Path) -> None:
-    # The source is a fifo-like file that takes its time: a terminal's Ctrl-C hits the tool in the middle.
-    for _ in range(5):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_mount_that_is_interrupted_before_it_is_ready_leaves_nothing(world: World, small: Path, number: int) -> None:
+    for _ in range(4):
         process = world.start("fusewire", "mount", small, "mnt", popen={"start_new_session": True})
-        os.killpg(process.pid, signal.SIGINT)
+        if number == signal.SIGINT:  # Ctrl-C: to all of them
+            os.killpg(process.pid, number)
+        else:
+            while not children(process.pid):  # until there is a server that could be left alone
+                os.sched_yield()
+            process.kill()
         process.wait()
         found = world.listed()
         for row in found:  # it was faster
@@ -213,13 +250,32 @@ def test_mount_that_is_interrupted_before_it_is_ready_leaves_nothing(world: Worl
         assert not os.path.lexists(world.home() / "mnt")
 
 
+def test_mount_whose_record_is_lost_can_be_unmounted(world: World, small: Path, how: dict[str, Any]) -> None:
+    # The end of a session may remove $XDG_RUNTIME_DIR, and leave processes alone.
+    uid = how["uid"]
+    for alive in (True, False):
+        found = world.mount("-o", COLD, small, "mnt", **how)
+        shutil.rmtree(world.records(uid)[0])
+        if alive:
+            assert world.sh("cat mnt/hello.txt", uid=uid).stdout == HELLO
+        else:
+            os.kill(found["pid"], signal.SIGKILL)
+            assert ends(found["pid"])
+        done = world.fw("umount", "mnt", **how)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ends(found["pid"])
+        assert not os.path.islink(world.home(uid) / "mnt")
+        if (world.home(uid) / "mnt").exists():  # a helper's or root's: that we had made it was in the record
+            (world.home(uid) / "mnt").rmdir()
+
+
 # --- records
 
 
 def test_full_state_directory_is_an_error_that_says_what_to_do(world: World, small: Path) -> None:
     runtime = world.runtime()
     script = (
-        f'mount -t tmpfs -o size=4k,mode=700,uid={USER},gid={USER} none {runtime} && '
+        f"mount -t tmpfs -o size=4k,mode=700,uid={USER},gid={USER} none {runtime} && "
         f'cp /bin/sh {runtime}/filler 2>/dev/null; exec "$@"'
     )
     outer = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh"]
@@ -357,7 +413,7 @@ def test_record_of_an_earlier_boot_is_dead(world: World, small: Path, innocent: 
 def test_fifty_mounts_leave_nothing(world: World, small: Path) -> None:
     words = " ".join([*world.tool()[:-1], "-m", "fusewire"])
     script = (
-        f'for i in $(seq $((10#$1 * 10)) $((10#$1 * 10 + 9))); do {words} mount {small} m$i && cat m$i/hello.txt && '
+        f"for i in $(seq $((10#$1 * 10)) $((10#$1 * 10 + 9))); do {words} mount {small} m$i && cat m$i/hello.txt && "
         f"{words} umount m$i || exit 1; done"
     )
     done = world.do("bash", "-c", 'seq 0 4 | xargs -n 1 -P 2 bash -c "$0" x', script)
@@ -468,5 +524,3 @@ def test_image_that_shrinks_while_mounted_gives_errors(world: World, victims: di
         assert done.returncode == 0, done.stderr
         assert "EIO" in json.loads(done.stdout)
         assert world.listed()[0]["state"] == "serving"
-
-

@@ -27,6 +27,7 @@ examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and give the exit status."""
+    _hold_stdio()
     argv = list(sys.argv[1:] if argv is None else argv)
     command: list[str] = []
     if "--" in argv:
@@ -48,6 +49,20 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"fusewire: {explain(error)}", file=sys.stderr)
         return 125 if arguments.name == "run" else 1
+
+
+def _hold_stdio() -> None:
+    """Take the numbers of closed standard descriptors, or an image that is opened next would be one of them.
+
+    A server redirects its own to /dev/null, and messages are written to 2. What we execute finds them closed again.
+    """
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # gets the lowest number that is free: fd
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115  it lives as long as we do
 
 
 def _parser() -> argparse.ArgumentParser:

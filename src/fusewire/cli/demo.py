@@ -266,6 +266,8 @@ def _mount_and_use(stage: _Stage) -> None:
         )
         stage.run("ls", "-ld", "demo")
         stage.run("ls", "-l", "demo/")
+        if os.geteuid() != 0:
+            print("   (the files are root's in the image; a namespace that knows one id only shows others as nobody)")
         stage.expect(not _mounted(stage.base), "the mount table of this machine knows nothing of it")
 
         stage.say("List it from inside the namespace of the mount:")

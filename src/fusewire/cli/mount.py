@@ -140,7 +140,7 @@ class _Daemon:
                 sys.stdout.write(report)
                 sys.stdout.flush()
             else:
-                _say(tell, b"R" + os.fsencode(report))
+                os.write(tell, b"R" + os.fsencode(report))  # EPIPE if nobody is left to be told: then it is not wanted
                 os.close(tell)
                 process.detach_from_terminal()
             self._wait()
@@ -247,12 +247,15 @@ class _Daemon:
         return {}
 
     def _clear_up(self) -> None:
-        if self.mount is not None:
-            try:
-                # Lazily: we are leaving, and with the last descriptor whoever is still inside gets ENOTCONN.
-                self.mount.unmount(lazy=True)
-            except OSError as error:
-                print(f"fusewire: {explain(error)}", file=sys.stderr)
-            if self.server is not None and not self.server.wait_end(_PATIENCE):
-                self.server.session.close()
-            self.mount.close()
+        if self.mount is None:
+            return
+        patience = 0.0 if self.mount.strategy == "fd" else _PATIENCE  # that one stays mounted, and nobody leaves it
+        try:
+            # Lazily: we are leaving, and with the last descriptor whoever is still inside gets ENOTCONN.
+            self.mount.unmount(lazy=True)
+        except OSError as error:
+            patience = 0.0
+            print(f"fusewire: {explain(error)}", file=sys.stderr)
+        if self.server is not None and not self.server.wait_end(patience):
+            self.server.session.close()
+        self.mount.close()

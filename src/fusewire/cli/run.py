@@ -397,7 +397,12 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.sigwait({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
+    mine = (supervisor, os.getpid())
+    while signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}).si_pid not in mine:
+        # Somebody ends all processes of a job alike, as service managers do. The command hears it too, and needs its
+        # files until it has ended.
+        if os.getppid() != supervisor:
+            break
     for server in servers:
         server.session.close()
     if os.getppid() != supervisor:

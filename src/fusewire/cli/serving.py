@@ -58,9 +58,7 @@ def tune_process() -> None:
     gc.set_threshold(20_000, 50, 100)
 
 
-def make_server(
-    filesystem: Operations, fd: int, options: MountOptions, owner: tuple[int, int] | None = None
-) -> Server:
+def make_server(filesystem: Operations, fd: int, options: MountOptions, owner: tuple[int, int] | None = None) -> Server:
     """Make the server of one mount; it takes over `fd` and the filesystem.
 
     owner: the uid and gid of the mount's owner in its user namespace, where that is not this process's.

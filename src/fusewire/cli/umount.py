@@ -106,6 +106,8 @@ def _umount_other(target: str, lazy: bool, program: str | None) -> int:
     from fusewire.linux import mountinfo
 
     place = os.fsencode(state.place(target))
+    if (link := _link_of(place)) is not None:
+        return _umount_link(target, place, *link)
     found = mountinfo.at(place)
     if found is None or not found.is_fuse:
         print(f"fusewire: {target}: nothing that Fusewire mounted (see `fusewire list`)", file=sys.stderr)
@@ -135,6 +137,51 @@ def _umount_other(target: str, lazy: bool, program: str | None) -> int:
     except OSError as error:
         print(f"fusewire: cannot unmount {target}: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
+    return 0
+
+
+def _link_of(place: bytes) -> tuple[int, int] | None:
+    """Give PID and N if `place` is a link to /proc/PID/fd/N, as a mount in a namespace leaves at its target."""
+    try:
+        words = os.readlink(place).decode("ascii", "replace").split("/")
+    except OSError:
+        return None
+    if len(words) != 5 or words[:2] != ["", "proc"] or words[3] != "fd":
+        return None
+    return (int(words[2]), int(words[4])) if words[2].isdecimal() and words[4].isdecimal() else None
+
+
+def _serves(pid: int) -> bool:
+    """Tell whether a process has /dev/fuse open. Raises PermissionError if it is somebody else's."""
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+        return any(os.readlink(f"/proc/{pid}/fd/{name}") == "/dev/fuse" for name in names)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _umount_link(target: str, place: bytes, pid: int, fd: int) -> int:
+    """End the server that a link leads to, whose record is lost (a session's end may remove $XDG_RUNTIME_DIR)."""
+    start = process.start_time(pid)
+    if any(record.pid == pid and record.starttime == start for record in state.of_user(os.environ).load_all()[0]):
+        start = None  # the link is older than that server, and says nothing of it
+    pidfd = process.open_alive(pid, start) if start is not None else None
+    if pidfd is not None:
+        try:
+            if _serves(pid):
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                if not poll.poll(PATIENCE * 1000):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    poll.poll(PATIENCE * 1000)
+        except PermissionError:
+            print(f"fusewire: {target}: the mount of another user (its server is pid {pid})", file=sys.stderr)
+            return EXIT_FAILED
+        finally:
+            os.close(pidfd)
+    if _link_of(place) == (pid, fd):
+        os.unlink(place)
     return 0
 
 

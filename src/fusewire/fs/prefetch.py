@@ -59,11 +59,12 @@ class Prefetcher:
         pieces = image.plan(inode, offset, size)
         if self._threads:
             ref = inode.ref
+            busy = self._jobs.qsize() > 2 * self._threads
             if len(pieces) > 1:
                 self._share([piece[0] for piece in pieces[1:] if piece[0] is not None])
             if not offset and self._follows:
                 self._follow(inode.number)
-            if offset and self._next.get(ref) == offset:
+            if offset and self._next.get(ref) == offset and not busy:
                 self._run_ahead(inode, offset + size)
             elif len(self._next) >= _FILES_WATCHED:
                 self._next.clear()
@@ -78,8 +79,6 @@ class Prefetcher:
         return image.gather(pieces)
 
     def _run_ahead(self, inode: Inode, position: int) -> None:
-        if position >= inode.size or self._jobs.qsize() > 2 * self._threads:
-            return
         start = max(position, self._ahead.get(inode.ref, 0))
         end = min(position + self._window, inode.size)
         if end - start < min(self._window // 2, inode.size - start) or start >= end:

@@ -195,6 +195,8 @@ class SquashFS(Operations):
             return data, directories  # the image's cookies end there: the second question of everybody who lists
         for name, number, cookie in self._dots(nodeid, inode, offset):
             # No lookup goes with these two: the kernel skips a node id of 0.
+            if len(data) + 160 > size:
+                return data, directories
             data += bytes(128) + DIRENT.pack(number, cookie, len(name), _DT_DIR) + name.ljust(8, b"\0")
         pack, entry_valid, attr_valid, blksize = _PLUS.pack, self._entry_valid, self._attr_valid, self._blksize
         room = size - len(data)
