@@ -120,7 +120,6 @@ class World:
 
     def _run(self, kind: str, arguments: Sequence[str | os.PathLike[str]], uid: int, how: dict[str, Any]) -> Result:
         cwd, text_in, fds = how.pop("cwd", None), how.pop("input", None), how.pop("pass_fds", ())
-        preexec = how.pop("preexec_fn", None)
         with subprocess.Popen(
             self.command(kind, arguments, uid, **how),
             cwd=cwd or self.home(uid),
@@ -130,7 +129,6 @@ class World:
             text=True,
             errors="surrogateescape",
             pass_fds=fds,
-            preexec_fn=preexec,
         ) as process:
             try:
                 out, err = process.communicate(text_in, timeout=PATIENCE * 2)
@@ -140,7 +138,7 @@ class World:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def fw(self, *arguments: str | os.PathLike[str], uid: int = USER, **how: Any) -> Result:
-        """Run `fusewire ARGUMENTS` to its end. `how`: cwd, input, pass_fds, preexec_fn, fusermount, env, wrap."""
+        """Run `fusewire ARGUMENTS` to its end. `how`: cwd, input, pass_fds, and `words`'s."""
         return self._run("fusewire", arguments, uid, how)
 
     def do(self, *arguments: str | os.PathLike[str], uid: int = USER, **how: Any) -> Result:

@@ -132,7 +132,7 @@ def test_what_mount_passes_on_is_accepted_without_effect(text):
         ("Offset=5", ["`Offset=5`", "did you mean `offset=BYTES`?"]),
         ("cachesize=5", ["did you mean `cache_size=BYTES`?"]),
         ("nosiud", ["did you mean `nosuid`?"]),
-        ("qqqqqqqqqq", ["`qqqqqqqqqq`", "`fusewire mount --help`"]),
+        ("qqqqqqqqqq", ["`qqqqqqqqqq`", "`-o help`"]),
         ("=", ["`=`", "is not known"]),
         ("x" * 5000, ["is not known"]),
         ("offset", ["needs a value: `offset=BYTES`"]),
@@ -178,7 +178,11 @@ def test_any_text_gives_options_or_an_option_error(text):
     assert refusal == "" or refusal.startswith("option `")
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=20), max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20), max_size=5
+    )
+)
 def test_escaped_values_come_back_from_split(values):
     escaped = [value.replace("\\", "\\\\").replace(",", "\\,") for value in values]
     assert options.split(",".join(escaped)) == values

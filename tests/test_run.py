@@ -110,12 +110,9 @@ def test_command_inherits_the_callers_descriptors_and_none_of_ours(world: World,
 def test_signals_that_the_caller_ignores_stay_ignored(world: World, small: Path) -> None:
     script = "grep -E 'Sig(Ign|Blk)' /proc/self/status"
 
-    def ignore() -> None:
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # as nohup and `command &` of a script have it
-            signal.signal(number, signal.SIG_IGN)
-
-    inside = run(world, small, script, preexec_fn=ignore)
-    outside = world.sh(script, preexec_fn=ignore)
+    ignore = ["sh", "-c", "trap '' INT HUP QUIT; exec \"$@\"", "sh"]  # as nohup and `command &` of a script have it
+    inside = run(world, small, script, wrap=ignore)
+    outside = world.sh(script, wrap=ignore)
     assert inside.stdout == outside.stdout
 
 
@@ -160,12 +157,8 @@ class Terminal:
         modes[3] &= ~termios.ECHO
         termios.tcsetattr(slave, termios.TCSANOW, modes)
 
-        def own_terminal() -> None:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        popen = {"stdin": slave, "stdout": slave, "stderr": slave, "preexec_fn": own_terminal}
-        self.process: Process = world.start("program", *words, popen=popen)
+        popen = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self.process: Process = world.start("program", *words, popen=popen, outer=["setsid", "--ctty"])
         os.close(slave)
         self.seen = b""
 

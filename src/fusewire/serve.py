@@ -11,7 +11,6 @@ import errno
 import os
 import stat
 import struct
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -86,7 +85,7 @@ class Server:
     def _work(self) -> None:
         try:
             self.channel.serve(self._trace)
-        except Exception as error:  # noqa: BLE001 - the thread's end: kept for `wait`, which raises it
+        except BaseException as error:  # noqa: BLE001 - the thread's end: kept for `wait`, which raises it
             self.failure = self.failure or error
         with self._lock:
             self._left -= 1
@@ -180,8 +179,8 @@ def trace_to_stderr(request: Any, reply: Any) -> None:
         answer = f"{size} bytes" if error == 0 else os.strerror(-error)
     else:
         answer = f"{reply.range.size} bytes of a file"
-    print(
-        f"{name} unique {unique} node {nodeid} uid {uid} gid {gid} pid {pid} ({length} bytes) -> {answer}",
-        file=sys.stderr,
-        flush=True,
-    )
+    line = f"{name} unique {unique} node {nodeid} uid {uid} gid {gid} pid {pid} ({length} bytes) -> {answer}\n"
+    try:
+        os.write(2, line.encode())
+    except OSError:
+        pass  # whoever listened has gone: no reason to stop serving

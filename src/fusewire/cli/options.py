@@ -265,7 +265,7 @@ _OWNERSHIP = (
 _SOURCE = (
     _valued("offset", "BYTES", _size(0, (1 << 63) - 1), "where the image begins in its file (default: found)"),
     _valued("fsname", "NAME", _name(3500), "what df and mountinfo show as the source"),
-    _valued("subtype", "NAME", _name(200), "the type is shown as fuse.NAME"),
+    _valued("subtype", "NAME", _name(200), "the type is shown as fuse.fusewire.NAME"),
 )
 _LIFE = (
     _flag("auto_unmount", "unmounted when the server ends, however it ends", auto_unmount=True),
@@ -355,7 +355,10 @@ def split(text: str) -> list[str]:
     """The options in an option string, unescaped; empty ones are left out."""
     if "\\" not in text:
         return [element for element in text.split(",") if element]
-    raw = text.encode(errors="surrogateescape")
+    try:
+        raw = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError as error:
+        raise OptionError(text, "has half a surrogate pair, which no argument of a program can have") from error
     elements = [bytearray()]
     at = 0
     while at < len(raw):
@@ -404,7 +407,7 @@ def _apply(result: MountOptions, element: str) -> None:
 def _unknown(name: str) -> str:
     near = nearest(name)
     if near is None:
-        return "is not known; `fusewire mount --help` lists those that are"
+        return "is not known; `-o help` lists those that are"
     row = _KNOWN[near]
     return f"is not known; did you mean `{near}={row.value}`?" if row.value else f"is not known; did you mean `{near}`?"
 

@@ -165,12 +165,13 @@ _MADE = 0o1755
 
 def _make(places: Shadow, target: bytes) -> bytes:
     """Make a mount point and mark what was made on the host for it; other runs may remove parts of it meanwhile."""
+    marked = set(places.made)  # and covered by a mount of ours by now, perhaps
     for _ in range(100):
         try:
             path = places.make(target)
         except FileNotFoundError:
             continue
-        for directory in places.made:
+        for directory in set(places.made) - marked:
             try:
                 os.chmod(directory, _MADE)
             except FileNotFoundError:

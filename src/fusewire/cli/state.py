@@ -137,13 +137,27 @@ def roots(environ: Mapping[str, str]) -> list[str]:
 
     One user's shells do not all have the same XDG_RUNTIME_DIR: cron, su and ssh into a container have none.
     """
-    uid = os.geteuid()
+    uid = _uid_outside()
     own = environ.get("XDG_RUNTIME_DIR", "")
     shared = f"/tmp/fusewire-{uid}"  # noqa: S108  checked whenever it is opened
     usual = f"/run/user/{uid}"
     first = [os.path.join(own, "fusewire")] if _is_ours(own) else []
     more = [os.path.join(usual, "fusewire")] if usual != own and _is_ours(usual) else []
     return [*first, shared, *more]
+
+
+def _uid_outside() -> int:
+    """This user's id outside of the user namespace: root of one must not take the real root's directory for its own."""
+    uid = os.geteuid()
+    try:
+        with open("/proc/self/uid_map", "rb") as file:
+            for line in file:
+                inside, outside, count = map(int, line.split())
+                if inside <= uid < inside + count:
+                    return outside + uid - inside
+    except (OSError, ValueError):
+        pass
+    return uid
 
 
 def _is_ours(path: str) -> bool:

@@ -214,7 +214,9 @@ def enter(plan: Plan, flags: int = 0) -> None:
 
 
 def join(pid: int, flags: int = 0) -> None:
-    """Enter the user and mount namespace of a process, and those in `flags`: setns(2) by pidfd, needs Linux 5.8.
+    """Enter the user and mount namespace of a process, and those in `flags`: setns(2) by pidfd.
+
+    Before Linux 5.8, which has no such setns, by /proc/PID/ns, one after the other; `flags` are refused there.
 
     Needs the same user that made the namespace (or privilege in it). The working directory becomes that namespace's
     root. Raises OSError, ESRCH if the process has ended.
@@ -222,11 +224,25 @@ def join(pid: int, flags: int = 0) -> None:
     wanted = syscalls.CLONE_NEWNS | flags
     if os.stat("/proc/self/ns/user").st_ino != os.stat(f"/proc/{pid}/ns/user").st_ino:
         wanted |= syscalls.CLONE_NEWUSER  # entering the one that we are in is refused
-    pidfd = syscalls.pidfd_open(pid)
+    # Opened first: once in the other user namespace, nothing says that this may still be read.
+    spaces = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("user", "mnt")]
     try:
-        syscalls.setns(pidfd, wanted)
+        pidfd = -1
+        try:
+            pidfd = syscalls.pidfd_open(pid)
+            syscalls.setns(pidfd, wanted)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL) or flags:
+                raise
+            if wanted & syscalls.CLONE_NEWUSER:
+                syscalls.setns(spaces[0], syscalls.CLONE_NEWUSER)
+            syscalls.setns(spaces[1], syscalls.CLONE_NEWNS)
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
     finally:
-        os.close(pidfd)
+        for fd in spaces:
+            os.close(fd)
 
 
 def probe(plan: Plan) -> UsernsError | None:

@@ -135,9 +135,14 @@ class Channel:
                     continue
                 tries = self._spin
                 count[0] += 1
-                reply = handle(view[:length])
-                if trace is not None:
-                    trace(view[:length], reply)
+                try:
+                    reply = handle(view[:length])
+                    if trace is not None:
+                        trace(view[:length], reply)
+                except BaseException:
+                    # Not an Exception of a handler, those are answered: this thread ends, but its caller must not wait.
+                    self._refused(fd, codec.IN_HEADER.unpack_from(view)[2], OSError(errno.EIO, "the worker ended"))
+                    raise
                 if reply is None:
                     continue
                 try:
