@@ -33,6 +33,15 @@ def world() -> Iterator[e2e.World]:
     assert _descriptors() == descriptors, "descriptors of the test process leaked"
 
 
+@pytest.fixture(autouse=True)
+def no_child_left() -> Iterator[None]:
+    """Fail a test that leaves a child process behind, ended or not."""
+    before = set(e2e.children(os.getpid()))
+    yield
+    left = [f"{pid} {' '.join(e2e.command_line(pid))}" for pid in e2e.children(os.getpid()) if pid not in before]
+    assert left == []
+
+
 def _descriptors() -> dict[str, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):

@@ -544,7 +544,6 @@ def test_working_directory_that_vanished_is_no_obstacle(world: World, small: Pat
     assert world.fw("umount", target).returncode == 0
 
 
-@pytest.mark.xfail(reason="fusewire.linux.mount asks for the working directory even if the target is absolute")
 def test_working_directory_that_vanished_is_no_obstacle_to_run(world: World, small: Path) -> None:
     gone = world.home() / "gone"
     gone.mkdir()

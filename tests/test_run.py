@@ -588,6 +588,8 @@ def test_owner_options_change_what_is_shown(world: World, small: Path) -> None:
     assert run(world, small, script, "--squash-owner").stdout == f"{USER} {USER} 755\n{USER} {USER} 600\n"
     done = run(world, small, script, "-o", f"uid={USER},umask=027")
     assert done.stdout == f"{USER} 65534 750\n{USER} 65534 600\n"
+    done = run(world, small, script, "-o", f"gid={USER}")
+    assert done.stdout == f"65534 {USER} 755\n65534 {USER} 600\n"
     # As stored, everything can be read by the one who mounts; the kernel checks modes only if it is told to.
     assert run(world, small, "cat /opt/image/private").stdout == "owner only\n"
     done = run(world, small, "cat /opt/image/private", "-o", "default_permissions")

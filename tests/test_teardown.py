@@ -240,10 +240,8 @@ def test_mount_that_is_interrupted_before_it_is_ready_leaves_nothing(world: Worl
             while not children(process.pid):  # until there is a server that could be left alone
                 os.sched_yield()
             process.kill()
-        process.wait()
-        found = world.listed()
-        for row in found:  # it was faster
-            assert world.fw("umount", row["id"]).returncode == 0
+        if process.wait() == 0:  # it was faster, and has said so
+            assert world.fw("umount", "mnt").returncode == 0
         for pid in world.pids():
             assert ends(pid)
         assert world.records() == []
@@ -329,7 +327,6 @@ def test_runtime_directory_that_does_not_exist_is_replaced_by_one_in_tmp(world: 
             shared.rmdir()
 
 
-@pytest.mark.xfail(reason="the records in /tmp are searched even if that directory is somebody else's")
 def test_directory_of_somebody_else_in_tmp_is_not_in_the_way(world: World, small: Path) -> None:
     shared = Path(f"/tmp/fusewire-{USER}")
     shared.mkdir(mode=0o700)

@@ -67,7 +67,10 @@ class Server:
         self.session.on_ready = self._begin
 
     def start(self) -> None:
-        """Start serving: one worker until INIT is answered, then all of them."""
+        """Start serving: one worker until INIT is answered, then all of them, or as many as the system allows.
+
+        Raises OSError(EAGAIN) if it does not allow a single one.
+        """
         self._add_worker()
 
     def _add_worker(self) -> None:
@@ -75,11 +78,22 @@ class Server:
         with self._lock:
             self._workers.append(worker)
             self._left += 1
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError as error:
+            with self._lock:
+                self._workers.remove(worker)
+                self._left -= 1
+            raise OSError(
+                errno.EAGAIN, f"{error}: the limit of processes (`ulimit -u`) or of memory (`ulimit -v`) is reached"
+            ) from error
 
     def _begin(self) -> None:
-        for _ in range(self.threads - 1):
-            self._add_worker()
+        try:
+            for _ in range(self.threads - 1):
+                self._add_worker()
+        except OSError as error:
+            self.session.log_once(f"fewer workers than asked for: {error.strerror}")
         self._ready.set()
 
     def _work(self) -> None:

@@ -130,6 +130,7 @@ class _Daemon:
     def run(self, tell: int | None) -> None:
         """Mount, report, serve until the mount is gone, clear up."""
         control = None
+        process.allow_owner()
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             report = self._begin()

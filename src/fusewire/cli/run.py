@@ -328,6 +328,8 @@ def explain(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     if type(error).__str__ is not OSError.__str__ or error.strerror is None:
         return str(error)
+    if isinstance(error, BlockingIOError) and error.strerror == os.strerror(errno.EAGAIN):
+        return "no more processes can be started: the limit (`ulimit -u`) is reached"  # fork(2) says no more than that
     name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
     return f"{error.strerror}{name}"
 
@@ -381,6 +383,9 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
         namespace, *made = data.split(b"\0")
         locks += fds[1:]
         server = make_server(filesystem, fds[0], job.options, (0, 0) if "root" in job.maps else None)
+        # A thread that waits for a lock does not hear a signal that another one takes: the main thread waits for the
+        # signal itself, and each server that ends sends one.
+        server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
         server.start()
         servers.append(server)
         if not server.wait_ready():
@@ -388,21 +393,11 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
             raise Refused(f"{spec.source}: the mount ended before it was ready")
         os.write(socket, b"R")
     os.close(socket)
-    # Threads of Python cannot be woken from waiting on locks by a signal that another thread takes: the main thread
-    # waits for the signal itself, and the last server to end sends it.
-    import threading
-
-    def watch() -> None:
-        for server in servers:
-            server.wait()
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    mine = (supervisor, os.getpid())
-    while signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}).si_pid not in mine:
+    while not all(server.wait_end(0) for server in servers):
         # Somebody ends all processes of a job alike, as service managers do. The command hears it too, and needs its
         # files until it has ended.
-        if os.getppid() != supervisor:
+        sender = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}).si_pid
+        if sender == supervisor or os.getppid() != supervisor:
             break
     for server in servers:
         server.session.close()
@@ -434,6 +429,7 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     # The kernel clears the death signal when a process's ids or capabilities change (prctl(2)).
     process.set_pdeathsig(signal.SIGKILL, supervisor)
     namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
+    umask = process.allow_owner()
     places = shadow.Shadow()
     try:
         # Together, where they do not depend on each other: one cover for many targets in one directory.
@@ -452,6 +448,7 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
         if places.made:
             os.write(complain, b"".join(b"M" + path + b"\0" for path in places.made))
     os.close(socket)
+    os.umask(umask)
     if job.own_pids:
         _own_pids(job, cwd, mask, complain)
     _become(job, cwd, mask)

@@ -261,7 +261,7 @@ class Store:
     def load_all(self) -> tuple[list[Record], list[Problem]]:
         """All records, the oldest mount first, and what could not be read.
 
-        Raises OSError if a root is not a private directory of this user.
+        Raises OSError if the first root is not a private directory of this user.
         """
         records: list[Record] = []
         problems: list[Problem] = []
@@ -269,6 +269,12 @@ class Store:
             try:
                 root = _open_root(path)
             except FileNotFoundError:
+                continue
+            except OSError as error:
+                if path == self.roots[0]:
+                    raise
+                # Somebody else's /tmp/fusewire-UID must not stand in the way of who has a directory of his own.
+                problems.append(Problem(os.path.basename(path), path, str(error.strerror)))
                 continue
             try:
                 for name in sorted(os.listdir(root)):
@@ -565,11 +571,17 @@ class ControlServer:
                 os.close(fd)
 
     def start(self) -> None:
-        """Begin to answer, on a daemon thread."""
+        """Begin to answer, on a daemon thread. Raises OSError(EAGAIN) if the system allows no more threads."""
         import threading
 
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._serve, name="control", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise OSError(
+                errno.EAGAIN, f"{error}: the limit of processes (`ulimit -u`) or of memory (`ulimit -v`) is reached"
+            ) from error
+        self._thread = thread
 
     def close(self) -> None:
         """Stop, after the answer that is being given, and give up the name. A server calls this before it ends."""

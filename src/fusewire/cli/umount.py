@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 
-from fusewire.cli import state
+from fusewire.cli import state, supervise
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND
 from fusewire.linux import process
@@ -228,7 +228,10 @@ def execute(target: str, command: list[str]) -> NoReturn:
     if record.strategy == "namespace":
         from fusewire.linux import userns
 
-        cwd = os.getcwd()
+        try:
+            cwd = os.getcwd()
+        except FileNotFoundError:  # it has been removed, or has no path from here
+            cwd = "/"
         try:
             userns.join(record.pid)
         except OSError as error:
@@ -242,6 +245,7 @@ def execute(target: str, command: list[str]) -> NoReturn:
             os.chdir(cwd)
         except OSError:
             os.chdir("/")
+    supervise.restore(set(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:

@@ -96,9 +96,8 @@ class Prefetcher:
         self._in_a_row += 1
         if self._in_a_row >= _IN_A_ROW and number >= self._refill:
             self._refill = _NOT_NOW
-            if not self._started:
-                self._start()
-            self._jobs.put(number + 1)
+            if self._help():
+                self._jobs.put(number + 1)
 
     def _fetch_files(self, number: int) -> None:
         """Load the beginnings of the files from inode `number` on, up to the window's size; on a helping thread."""
@@ -124,20 +123,26 @@ class Prefetcher:
         """Have blocks loaded by the threads, in order; many small ones go in a few jobs."""
         held = self._image.held
         missing = [key for key in keys if not held(key)]
-        if not missing:
+        if not missing or not self._help():
             return
-        if not self._started:
-            self._start()
         step = max(1, len(missing) // (2 * self._threads))
         for first in range(0, len(missing), step):
             self._jobs.put(missing[first : first + step])
 
-    def _start(self) -> None:
-        import threading
+    def _help(self) -> bool:
+        """Start the threads, once; False if the system allows none (RLIMIT_NPROC): the workers do without."""
+        if not self._started:
+            import threading
 
-        self._started = True
-        for number in range(self._threads):
-            threading.Thread(target=self._work, name=f"decompress-{number}", daemon=True).start()
+            self._started = True
+            wanted, self._threads = self._threads, 0
+            for number in range(wanted):
+                try:
+                    threading.Thread(target=self._work, name=f"decompress-{number}", daemon=True).start()
+                except RuntimeError:
+                    break
+                self._threads += 1
+        return self._threads > 0
 
     def _work(self) -> None:
         load = self._image.load

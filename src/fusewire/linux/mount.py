@@ -194,7 +194,9 @@ def _why(error: OSError) -> tuple[str, str]:
 
 def _absolute(path: bytes) -> bytes:
     # Not normpath: `a/../b` is another place than `b` where `a` is a symlink.
-    return os.path.join(os.getcwdb(), path).rstrip(b"/") or b"/"
+    if not path.startswith(b"/"):  # else the working directory need not have a path
+        path = os.path.join(os.getcwdb(), path)
+    return path.rstrip(b"/") or b"/"
 
 
 # --- fd

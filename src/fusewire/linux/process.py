@@ -130,6 +130,13 @@ def reap() -> list[tuple[int, int]]:
         ended.append((pid, code if code >= 0 else 128 - code))
 
 
+def allow_owner() -> int:
+    """Take the owner's own bits out of the umask, or we could not use what we make; give the mask as it was."""
+    before = os.umask(0o077)
+    os.umask(before & 0o077)
+    return before
+
+
 def socket_pair() -> tuple[int, int]:
     """Two connected AF_UNIX stream sockets as close-on-exec descriptors above 2."""
     first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
