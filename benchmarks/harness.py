@@ -290,6 +290,8 @@ class Bench:
         runtime = self.temporary / "runtime"
         runtime.mkdir(mode=0o700)
         self.environment = {**os.environ, "LC_ALL": "C", "XDG_RUNTIME_DIR": str(runtime)}
+        # Compiled modules are kept, as after any installation: else start-up would measure the compiler.
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         return self
 
     def __exit__(

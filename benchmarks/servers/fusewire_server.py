@@ -22,6 +22,8 @@ MS_NOSUID, MS_NODEV = 2, 4
 class Floor(Operations):
     """One directory, one file, nothing cached; attributes are made once, as a careful author would."""
 
+    announces_blocking = True  # nothing here ever blocks
+
     def __init__(self, size: int) -> None:
         self.size = size
         self.data = memoryview(doubled_pattern())

@@ -410,7 +410,12 @@ def check_proc(probe: Probe) -> Row:
             raise OSError(code, f"/proc cannot be mounted anew: {os.strerror(code)}")
         return ""
 
-    masked = [m for m in mountinfo.mounts() if m.mount_point.startswith(b"/proc/") and m.fstype != b"binfmt_misc"]
+    try:
+        mounts = mountinfo.mounts()
+    except OSError as error:
+        finding = f"/proc/self/mountinfo cannot be read: {error.strerror}"
+        return Row("/proc", BAD, finding, "ids are mapped and mounts are found through /proc", "mount /proc")
+    masked = [m for m in mounts if m.mount_point.startswith(b"/proc/") and m.fstype != b"binfmt_misc"]
     found = attempt(work)
     if found.ok:
         return Row("/proc", OK, "a PID namespace can have a /proc of its own")

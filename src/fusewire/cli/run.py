@@ -103,7 +103,7 @@ def run(job: Run) -> int:
     os.close(complain)
     if job.wait_all and not job.own_pids:
         process.become_subreaper()
-    made, failure = parse_report(_read_all(complaints))
+    failure = parse_report(_read_all(complaints))
     os.close(complaints)
     try:
         if failure is not None:
@@ -113,7 +113,7 @@ def run(job: Run) -> int:
             return failure.code
         status = _supervise(job, command, server)
     finally:
-        remove_directories(made)
+        remove_places(job.specs)
     return supervise.EXIT_FAILED if status is None else supervise.leave(status)
 
 
@@ -140,38 +140,32 @@ def _supervise(job: Run, command: int, server: int) -> int | None:
     return status
 
 
-def parse_report(report: bytes) -> tuple[list[bytes], Refused | None]:
-    """Take apart what a child has said on its pipe: the directories it made on the host, and why it failed.
-
-    Fields end with NUL: b"M" and a path, or b"E", an exit status, a space and a text.
-    """
-    made = []
-    failure = None
-    for field in report.split(b"\0")[:-1]:
-        if field.startswith(b"M"):
-            made.append(field[1:])
-        elif failure is None:
-            code, _, text = os.fsdecode(field[1:]).partition(" ")
-            failure = Refused(text, int(code))
-    return made, failure
+def parse_report(report: bytes) -> Refused | None:
+    """Read what a child has said on its pipe: b"E", an exit status, a space, a text and NUL, for why it failed."""
+    field, nul, _ = report.partition(b"\0")
+    if not nul:
+        return None
+    code, _, text = os.fsdecode(field[1:]).partition(" ")
+    return Refused(text, int(code))
 
 
 # Mount points on the host. Runs at the same time may well share one: rmdir(2) would take it away from the others too,
 # for since Linux 3.18 it detaches what is mounted there in other namespaces (mount_namespaces(7)). So whoever mounts
 # on a directory holds a shared flock(2) on it, and only one who gets it exclusively removes it. That is the last one,
-# who need not have made it: a mode that nobody else uses tells that some run did.
+# who need not have made it: a mode that nobody else uses tells that some run did. It also tells it to those who clear
+# up after a run that was killed before it could say what it had made.
 _MADE = 0o1755
 
 
 def _make(places: Shadow, target: bytes) -> bytes:
     """Make a mount point and mark what was made on the host for it; other runs may remove parts of it meanwhile."""
-    marked = set(places.made)  # and covered by a mount of ours by now, perhaps
+    marked = len(places.made)  # they may be covered by a mount of ours by now; what is made anew comes first
     for _ in range(100):
         try:
             path = places.make(target)
         except FileNotFoundError:
             continue
-        for directory in set(places.made) - marked:
+        for directory in places.made[: len(places.made) - marked]:
             try:
                 os.chmod(directory, _MADE)
             except FileNotFoundError:
@@ -201,7 +195,6 @@ def _claim(places: Shadow, target: bytes, nested: bool) -> tuple[bytes, list[int
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(fd), os.stat(path)):
-                _adopt(places, path)
                 return path, [fd]
         except FileNotFoundError:
             pass
@@ -212,33 +205,30 @@ def _claim(places: Shadow, target: bytes, nested: bool) -> tuple[bytes, list[int
     raise FileNotFoundError(errno.ENOENT, "other runs keep removing the mount point", target)
 
 
-def _adopt(places: Shadow, path: bytes) -> None:
-    """Note what other runs have made of a mount point, too: one of us removes it."""
-    found = set(places.made)
-    info = os.stat(path)
-    while info.st_mode & 0o7777 == _MADE and info.st_uid == os.geteuid():
-        found.add(path)
-        path = os.path.dirname(path)
-        info = os.stat(path)
-    places.made[:] = sorted(found, key=len, reverse=True)
-
-
-def remove_directories(paths: list[bytes]) -> None:
-    """Remove mount points that were made on the host, where they are empty and no other run uses them."""
+def remove_places(specs: list[Spec]) -> None:
+    """Remove what runs have made on the host for these mount points, where it is empty and no other run uses it."""
     import fcntl
 
-    for path in paths:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rmdir(path)
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
+    for spec in specs:
+        path = os.path.realpath(os.fsencode(spec.target))
+        while path != b"/":
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                path = os.path.dirname(path)
+                continue
+            except OSError:
+                break
+            try:
+                info = os.fstat(fd)
+                if info.st_mode & 0o7777 != _MADE or info.st_uid != os.geteuid():
+                    break
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.rmdir(path)
+            except OSError:
+                break
+            finally:
+                os.close(fd)
 
 
 def describe(status: int) -> str:
@@ -305,8 +295,7 @@ def _hand_over(socket: int, note: bytes, fds: list[int]) -> None:
             break
         answer += part
     if answer != b"R":
-        _, failure = parse_report(answer)
-        raise failure or Refused("the server of the mounts died before they were ready")
+        raise parse_report(answer) or Refused("the server of the mounts died before they were ready")
 
 
 def is_nested(spec: Spec, specs: list[Spec]) -> bool:
@@ -331,7 +320,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, BlockingIOError) and error.strerror == os.strerror(errno.EAGAIN):
         return "no more processes can be started: the limit (`ulimit -u`) is reached"  # fork(2) says no more than that
     name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-    return f"{error.strerror}{name}"
+    hint = "; /proc has to be mounted" if error.errno == errno.ENOENT and name.startswith(": /proc/self/") else ""
+    return f"{error.strerror}{name}{hint}"
 
 
 def _child(work: object, report_to: int) -> NoReturn:
@@ -359,10 +349,28 @@ def _child(work: object, report_to: int) -> NoReturn:
 
 
 def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) -> None:
-    """Open the sources, take the descriptors, serve until the mounts are gone."""
+    """Serve, and clear up if the supervisor cannot."""
     os.setsid()
     # SIGTERM, not SIGKILL: when the supervisor dies by violence, nobody else is left to end what runs inside.
     process.set_pdeathsig(signal.SIGTERM, supervisor)
+    namespace: list[bytes] = []
+    locks: list[int] = []
+    try:
+        _serve_mounts(job, socket, supervisor, namespace, locks)
+    finally:
+        if os.getppid() != supervisor:
+            for name in namespace[:1]:
+                end_namespace(os.fsdecode(name))
+            for fd in locks:
+                os.close(fd)
+            remove_places(job.specs)
+
+
+def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes], locks: list[int]) -> None:
+    """Open the sources, take the descriptors, serve until the mounts are gone.
+
+    What the command's side tells of its namespace and its mount points is added to the lists.
+    """
     from fusewire.cli.serving import make_server, tune_process
     from fusewire.fs.sources import open_source
 
@@ -372,15 +380,12 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
         raise Refused(explain(error)) from error
     tune_process()
     servers: list[Server] = []
-    namespace = b""
-    made: list[bytes] = []
-    locks: list[int] = []
     # One after the other: a mount point inside another mount can only be found once that one is served.
     for spec, filesystem in zip(job.specs, filesystems, strict=True):
         data, fds = process.recv_fds(socket, 65536, 2)
         if not fds:
             return  # the command's side failed and has said so
-        namespace, *made = data.split(b"\0")
+        namespace.append(data)
         locks += fds[1:]
         server = make_server(filesystem, fds[0], job.options, (0, 0) if "root" in job.maps else None)
         # A thread that waits for a lock does not hear a signal that another one takes: the main thread waits for the
@@ -401,11 +406,6 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
             break
     for server in servers:
         server.session.close()
-    if os.getppid() != supervisor:
-        end_namespace(os.fsdecode(namespace))
-        for fd in locks:
-            os.close(fd)
-        remove_directories(made)
 
 
 # The command
@@ -431,22 +431,18 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
     umask = process.allow_owner()
     places = shadow.Shadow()
-    try:
-        # Together, where they do not depend on each other: one cover for many targets in one directory.
-        for spec in job.specs:
-            if not is_nested(spec, job.specs):
-                _make(places, os.fsencode(spec.target))
-        for spec in job.specs:
-            target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
-            held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
-            _hand_over(socket, b"\0".join([namespace, *places.made]), [held.fd, *lock])
-            held.close()
-            for fd in lock:
-                os.close(fd)
-        places.seal()
-    finally:
-        if places.made:
-            os.write(complain, b"".join(b"M" + path + b"\0" for path in places.made))
+    # Together, where they do not depend on each other: one cover for many targets in one directory.
+    for spec in job.specs:
+        if not is_nested(spec, job.specs):
+            _make(places, os.fsencode(spec.target))
+    for spec in job.specs:
+        target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
+        held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
+        _hand_over(socket, namespace, [held.fd, *lock])
+        held.close()
+        for fd in lock:
+            os.close(fd)
+    places.seal()
     os.close(socket)
     os.umask(umask)
     if job.own_pids:

@@ -119,14 +119,18 @@ class Record:
 
 
 class Problem:
-    """A directory below the root that holds no readable record: left by a crash, or by another version."""
+    """A directory below the root that holds no readable record: left by a crash, or by another version.
 
-    __slots__ = ("directory", "id", "reason")
+    unfinished: whoever made it died before he wrote anything; it can be removed.
+    """
 
-    def __init__(self, name: str, directory: str, reason: str) -> None:
+    __slots__ = ("directory", "id", "reason", "unfinished")
+
+    def __init__(self, name: str, directory: str, reason: str, unfinished: bool = False) -> None:
         self.id = name
         self.directory = directory
         self.reason = reason
+        self.unfinished = unfinished
 
     def __str__(self) -> str:
         return f"{self.directory}: {self.reason}"
@@ -222,11 +226,13 @@ class Store:
         path = self.roots[0]
         root = _open_root(path, make=True)
         name = ""
+        lock: int | None = None
         try:
             while not name:
                 name = "m" + os.urandom(4).hex()
                 try:
                     os.mkdir(name, 0o700, dir_fd=root)
+                    lock = _lock(root, name)
                 except FileExistsError:
                     name = ""
             os.mkdir(f"{name}/{MOUNT_POINT}", 0o700, dir_fd=root)
@@ -241,6 +247,8 @@ class Store:
             raise OSError(error.errno, f"cannot note the mount: {error.strerror}; {_WAY_OUT}", path) from error
         finally:
             os.close(root)
+            if lock is not None:
+                os.close(lock)
         return record
 
     def save(self, record: Record) -> None:
@@ -282,8 +290,8 @@ class Store:
                     try:
                         records.append(_read(root, name, directory))
                     except FileNotFoundError:
-                        if os.path.lexists(directory):  # else it has just been removed
-                            problems.append(Problem(name, directory, f"has no {STATE}"))
+                        if _is_abandoned(root, name):
+                            problems.append(Problem(name, directory, f"has no {STATE}", unfinished=True))
                     except (OSError, ValueError) as error:
                         problems.append(Problem(name, directory, str(getattr(error, "strerror", None) or error)))
             finally:
@@ -390,6 +398,38 @@ def _write(root: int, record: Record) -> None:
                 os.unlink(temporary, dir_fd=directory)
     finally:
         os.close(directory)
+
+
+def _lock(root: int, name: str) -> int | None:
+    """The lock on a directory in which there is no record yet, held by who makes one; None if somebody else has it."""
+    import fcntl
+
+    fd = os.open(name, _DIRECTORY, dir_fd=root)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:  # a filesystem without locks
+        pass
+    return fd
+
+
+def _is_abandoned(root: int, name: str) -> bool:
+    """Tell whether a directory without a record will stay so: it has not just been removed, and is not being made."""
+    try:
+        lock = _lock(root, name)
+    except OSError:
+        return False
+    if lock is None:
+        return False
+    try:
+        os.stat(STATE, dir_fd=lock, follow_symlinks=False)
+    except FileNotFoundError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _read(root: int, name: str, path: str) -> Record:

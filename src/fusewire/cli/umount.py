@@ -245,7 +245,7 @@ def execute(target: str, command: list[str]) -> NoReturn:
             os.chdir(cwd)
         except OSError:
             os.chdir("/")
-    supervise.restore(set(signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    supervise.restore(supervise.block())
     try:
         os.execvp(command[0], command)
     except FileNotFoundError:

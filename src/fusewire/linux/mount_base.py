@@ -201,7 +201,7 @@ def need_target(target: bytes | None) -> bytes:
 def open_device() -> int:
     """A new /dev/fuse descriptor above 2. Raises RefusedError that says what is wrong with the device."""
     try:
-        return process.above_stdio(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        fd = process.above_stdio(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         number = error.errno or errno.EIO
         if number in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
@@ -216,6 +216,11 @@ def open_device() -> int:
         else:
             reason, remedy = f"/dev/fuse cannot be opened: {error.strerror}", ""
         raise RefusedError(number, reason, remedy) from error
+    if os.fstat(fd).st_rdev != FUSE_DEVICE:
+        os.close(fd)
+        remedy = "ask for `mknod -m 666 /dev/fuse c 10 229`; in a container, start it with `--device /dev/fuse`"
+        raise RefusedError(errno.ENXIO, "/dev/fuse is not the character device 10:229", remedy)
+    return fd
 
 
 def check_device() -> None:

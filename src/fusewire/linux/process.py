@@ -98,16 +98,67 @@ def is_alive(pid: int, start: int) -> bool:
     return found is not None and found.start == start and found.state not in "ZX"
 
 
-def open_alive(pid: int, start: int) -> int | None:
-    """A pidfd of exactly the process that began at `start`, None if it has ended. The caller closes it."""
+class Hold:
+    """Exactly one process, whoever gets its pid later: by pidfd_open(2), before Linux 5.3 by pid and start time."""
+
+    __slots__ = ("_fd", "_pid", "_start")
+
+    def __init__(self, pid: int, start: int, fd: int) -> None:
+        self._pid = pid
+        self._start = start
+        self._fd = fd
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def kill(self, number: int) -> None:
+        """Send a signal, if the process has not ended."""
+        try:
+            if self._fd >= 0:
+                syscalls.pidfd_send_signal(self._fd, number)
+            elif is_alive(self._pid, self._start):
+                os.kill(self._pid, number)
+        except ProcessLookupError:
+            return
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; False if that has not come after so many seconds."""
+        if self._fd >= 0:
+            import select
+
+            watch = select.poll()
+            watch.register(self._fd, select.POLLIN)
+            return bool(watch.poll(seconds * 1000))
+        import time
+
+        deadline = time.monotonic() + seconds
+        while is_alive(self._pid, self._start):  # such a kernel cannot tell us about a process that is not our child
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+
+def hold(pid: int, start: int) -> Hold | None:
+    """Hold exactly the process that began at `start`; None if it has ended."""
+    fd = -1
     try:
-        pidfd = syscalls.pidfd_open(pid)
+        fd = syscalls.pidfd_open(pid)
     except ProcessLookupError:
         return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM):  # an old kernel, or a filter that does not know the call
+            raise
+    found = Hold(pid, start, fd)
     if is_alive(pid, start):  # asked after the open: what we hold is what we asked about
-        return pidfd
-    os.close(pidfd)
-    return None
+        return found
+    with found:
+        return None
 
 
 def wait(pid: int) -> int:

@@ -21,6 +21,8 @@ import stat
 from fusewire.linux import mountinfo, syscalls
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
+# How often to look at a target that other runs may be removing and making again between two looks.
+_LOOKS = 20
 
 # What mkdir(2) says where a directory cannot be made on the host but can be in a shadow. ENOENT is autofs and alike.
 _NOT_HERE = frozenset(
@@ -203,19 +205,19 @@ def _resolve(target: bytes) -> bytes:
     realpath(3) reads the link /proc/PID/fd/N as text, where the kernel follows it to another namespace. So what exists
     of the target must be the same thing both ways.
     """
-    existing = target
-    while not os.path.exists(existing):
-        if os.path.islink(existing):
-            return os.path.realpath(target)  # dangling: what it names will be made
-        existing = os.path.dirname(existing) or b"."
-    try:
-        same = os.path.samestat(os.stat(existing), os.stat(os.path.realpath(existing)))
-    except FileNotFoundError:
-        same = False
-    if not same:
-        name = os.fsdecode(target)
-        raise OSError(errno.EXDEV, "the mount point lies in a mount of another namespace, choose another", name)
-    return os.path.realpath(target)
+    for _ in range(_LOOKS):
+        existing = target
+        while not os.path.exists(existing):
+            if os.path.islink(existing):
+                return os.path.realpath(target)  # dangling: what it names will be made
+            existing = os.path.dirname(existing) or b"."
+        try:
+            if os.path.samestat(os.stat(existing), os.stat(os.path.realpath(existing))):
+                return os.path.realpath(target)
+        except FileNotFoundError:
+            continue
+    name = os.fsdecode(target)
+    raise OSError(errno.EXDEV, "the mount point lies in a mount of another namespace, choose another", name)
 
 
 def _split(path: bytes, name: str) -> tuple[bytes, list[bytes]]:
