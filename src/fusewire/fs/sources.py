@@ -63,7 +63,7 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
     file = ImageFile(fd)
     try:
         offset = options.offset if options.offset is not None else find_image(file.pread, size)
-        image = Image(file.pread, size, offset=offset, cache_size=options.cache_size)
+        image = Image(file.pread, size, offset=offset, cache_size=options.cache_size, metadata_size=4 << 20)
     except OSError as error:
         raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
     uid = os.getuid() if options.squash_owner and options.uid is None else options.uid
