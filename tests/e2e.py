@@ -10,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import pickle
+import pty
 import select
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -268,6 +272,38 @@ class Process:
     def reap(self) -> None:
         self.popen.kill()
         self.popen.wait()
+
+
+class Terminal:
+    """A process with a terminal of its own, as the leader of a session."""
+
+    def __init__(self, world: World, *words: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 200, 0, 0))
+        modes = termios.tcgetattr(slave)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
+
+        popen = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self.process: Process = world.start("program", *words, popen=popen, outer=["setsid", "--ctty"])
+        os.close(slave)
+        self.seen = b""
+
+    def press(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def until(self, text: bytes) -> bytes:
+        """Read until `text` was shown; everything up to it."""
+        while text not in self.seen:
+            assert select.select([self.master], [], [], PATIENCE)[0], f"no {text!r} in {self.seen!r}"
+            try:
+                part = os.read(self.master, 4096)
+            except OSError:  # EIO: the other side is closed
+                part = b""
+            assert part, f"no {text!r} in {self.seen!r}"
+            self.seen += part
+        before, _, self.seen = self.seen.partition(text)
+        return before
 
 
 # Processes and mounts, found without touching anything that could hang.

@@ -122,22 +122,31 @@ def test_a_command_named_like_a_stat_line_does_not_confuse() -> None:
         assert not process.is_alive(pid, start), "a zombie has ended"
         os.waitpid(pid, 0)
     assert process.stat(pid) is None
-    assert process.open_alive(pid, start) is None
+    assert process.hold(pid, start) is None
 
 
-def test_a_pidfd_is_of_the_process_that_was_meant() -> None:
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_a_hold_is_on_the_process_that_was_meant(old_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if old_kernel:  # before Linux 5.3
+
+        def missing(pid: int) -> int:
+            raise OSError(errno.ENOSYS, "pidfd_open", pid)
+
+        monkeypatch.setattr(syscalls, "pidfd_open", missing)
     start = process.start_time(os.getpid())
     assert start is not None
-    assert process.open_alive(os.getpid(), start + 1) is None
+    assert process.hold(os.getpid(), start + 1) is None
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     begun = process.start_time(child.pid)
     assert begun is not None
-    pidfd = process.open_alive(child.pid, begun)
-    assert pidfd is not None
-    syscalls.pidfd_send_signal(pidfd, signal.SIGTERM)
-    select.select([pidfd], [], [])
-    os.close(pidfd)
-    child.communicate()
+    held = process.hold(child.pid, begun)
+    assert held is not None
+    with held:
+        assert not held.wait(0)
+        held.kill(signal.SIGTERM)
+        assert held.wait(10)
+        child.communicate()
+        held.kill(signal.SIGTERM)  # nobody is hit any more
     assert child.returncode == -signal.SIGTERM
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import select
 import signal
-import struct
-import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import squashfs_images
-from e2e import NOBODY, PATIENCE, USER, Process, World, digest
+from e2e import NOBODY, USER, Terminal, World, digest
 
 HELLO = "hello world\n"
 
@@ -145,38 +140,6 @@ def test_signal_to_run_reaches_the_command(world: World, small: Path, number: si
     assert process.wait() == 7
     done = process.finish()
     assert (done.stdout, done.stderr) == (HELLO, "")
-
-
-class Terminal:
-    """A process with a terminal of its own, as the leader of a session."""
-
-    def __init__(self, world: World, *words: str) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 200, 0, 0))
-        modes = termios.tcgetattr(slave)
-        modes[3] &= ~termios.ECHO
-        termios.tcsetattr(slave, termios.TCSANOW, modes)
-
-        popen = {"stdin": slave, "stdout": slave, "stderr": slave}
-        self.process: Process = world.start("program", *words, popen=popen, outer=["setsid", "--ctty"])
-        os.close(slave)
-        self.seen = b""
-
-    def press(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def until(self, text: bytes) -> bytes:
-        """Read until `text` was shown; everything up to it."""
-        while text not in self.seen:
-            assert select.select([self.master], [], [], PATIENCE)[0], f"no {text!r} in {self.seen!r}"
-            try:
-                part = os.read(self.master, 4096)
-            except OSError:  # EIO: the other side is closed
-                part = b""
-            assert part, f"no {text!r} in {self.seen!r}"
-            self.seen += part
-        before, _, self.seen = self.seen.partition(text)
-        return before
 
 
 @pytest.fixture

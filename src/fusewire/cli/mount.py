@@ -110,6 +110,27 @@ def _named_fds(job: Job) -> list[int]:
     return found
 
 
+def _before(target: str) -> dict[str, Any] | None:
+    """What is at a target before anything is mounted there, as `Record.created`; None if nobody could mount there."""
+    import stat
+
+    from fusewire.linux import mount_base, mountinfo
+
+    try:
+        place = mount_base.locate(os.fsencode(target.rstrip("/") or "/"))
+    except OSError:  # the strategies say why, each
+        return None
+    try:
+        mode = stat.S_IMODE(os.lstat(place).st_mode)
+    except FileNotFoundError:
+        mode = None
+    except OSError:  # a dead mount
+        return None
+    over = mountinfo.at(place)
+    kind = "missing" if mode is None else "empty-directory"
+    return {"kind": kind, "mode": mode, "place": os.fsdecode(place), "mount_id": None if over is None else over.id}
+
+
 def _say(tell: int, message: bytes) -> None:
     try:
         os.write(tell, message)
@@ -160,9 +181,11 @@ class _Daemon:
 
         job = self.job
         filesystem = open_source(job.source, job.options)
-        self.record = record = self.store.create(job.source, job.target, options=job.options.given)
-        options = kernel_options(job.options, job.source)
         target = job.target if job.target.startswith("/") else os.path.join(os.getcwd(), job.target)
+        self.record = record = self.store.create(
+            job.source, job.target, options=job.options.given, created=_before(target)
+        )
+        options = kernel_options(job.options, job.source)
         os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
         self.mount = held = mount.mount(
             os.fsencode(target),

@@ -63,7 +63,8 @@ _FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
 class Record:
     """One mount. Paths are absolute; `mounted_at` is seconds since the epoch, `starttime` clock ticks since boot.
 
-    created: what was at the target before, {"kind": "missing" | "empty-directory", "mode": int | None}. mount: what
+    created: what was at the target before, {"place": its path without symlinks, "kind": "missing" |
+    "empty-directory", "mode": int | None, "mount_id": of what was mounted there, or None}. mount: what
     `fusewire.linux.mount.clean_up` needs when the server is dead. pidns: the PID namespace that `pid` is a number of.
     directory: where this record lives; it is not written into it.
     """
@@ -119,18 +120,14 @@ class Record:
 
 
 class Problem:
-    """A directory below the root that holds no readable record: left by a crash, or by another version.
+    """A directory below the root that holds no readable record: left by a crash, or by another version."""
 
-    unfinished: whoever made it died before he wrote anything; it can be removed.
-    """
+    __slots__ = ("directory", "id", "reason")
 
-    __slots__ = ("directory", "id", "reason", "unfinished")
-
-    def __init__(self, name: str, directory: str, reason: str, unfinished: bool = False) -> None:
+    def __init__(self, name: str, directory: str, reason: str) -> None:
         self.id = name
         self.directory = directory
         self.reason = reason
-        self.unfinished = unfinished
 
     def __str__(self) -> str:
         return f"{self.directory}: {self.reason}"
@@ -192,7 +189,7 @@ def place(path: str) -> str:
 
 def alive(record: Record) -> bool:
     """False if the server is surely dead. A pid of another PID namespace says nothing: there the socket is asked."""
-    if record.pidns and record.pidns != _pid_namespace():
+    if not is_near(record):
         try:
             _connect(record.control, _PATIENCE).close()
         except (ConnectionRefusedError, FileNotFoundError):
@@ -201,6 +198,11 @@ def alive(record: Record) -> bool:
             return True
         return True
     return record.pid > 0 and process.is_alive(record.pid, record.starttime)
+
+
+def is_near(record: Record) -> bool:
+    """Tell whether `pid` of a record is a number of this process's PID namespace, so that it names the server here."""
+    return not record.pidns or record.pidns == _pid_namespace()
 
 
 def _pid_namespace() -> int:
@@ -290,8 +292,8 @@ class Store:
                     try:
                         records.append(_read(root, name, directory))
                     except FileNotFoundError:
-                        if _is_abandoned(root, name):
-                            problems.append(Problem(name, directory, f"has no {STATE}", unfinished=True))
+                        if not _clear_abandoned(root, name):
+                            problems.append(Problem(name, directory, f"has no {STATE}"))
                     except (OSError, ValueError) as error:
                         problems.append(Problem(name, directory, str(getattr(error, "strerror", None) or error)))
             finally:
@@ -415,21 +417,29 @@ def _lock(root: int, name: str) -> int | None:
     return fd
 
 
-def _is_abandoned(root: int, name: str) -> bool:
-    """Tell whether a directory without a record will stay so: it has not just been removed, and is not being made."""
+def _clear_abandoned(root: int, name: str) -> bool:
+    """Remove a directory whose maker died before it wrote a record; False if something else is in it.
+
+    One that is being made just now, or has been removed already, is none.
+    """
+    if len(name) != 9 or name[0] != "m" or name[1:].strip("0123456789abcdef"):
+        return False  # no name that we give
     try:
         lock = _lock(root, name)
-    except OSError:
-        return False
-    if lock is None:
-        return False
-    try:
-        os.stat(STATE, dir_fd=lock, follow_symlinks=False)
     except FileNotFoundError:
         return True
+    if lock is None:
+        return True
+    try:
+        if STATE not in os.listdir(lock):  # else it has been written since we looked
+            _remove(root, name)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
     finally:
         os.close(lock)
-    return False
+    return True
 
 
 def _read(root: int, name: str, path: str) -> Record:

@@ -5,9 +5,9 @@ Layer `cli`. Nothing here looks into a mount: a dead or hanging server must not 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import select
 import signal
 import sys
 
@@ -18,10 +18,13 @@ from fusewire.linux import process
 
 # A server that does not answer within this many seconds is called hung; how long we wait for its process to leave.
 PATIENCE = 30.0
+_ENDING = 5.0  # one that has closed its socket already
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
+
+    from fusewire.linux import mountinfo
 
 
 def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, program: str | None = None) -> int:
@@ -30,6 +33,7 @@ def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, 
     code = 0
     if everything:
         records, problems = store.load_all()
+        records.reverse()  # a later mount may lie on an earlier one, or come from an image in it
         for problem in problems:
             print(f"fusewire: {problem}", file=sys.stderr)
             code = EXIT_FAILED
@@ -52,16 +56,16 @@ def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, 
 
 def _umount_record(store: state.Store, record: state.Record, lazy: bool, program: str | None) -> None:
     if state.alive(record):
-        pidfd = process.open_alive(record.pid, record.starttime)
-        try:
-            _ask(record, lazy)
+        server = process.hold(record.pid, record.starttime) if state.is_near(record) else None
+        with server or contextlib.nullcontext():
+            _ask(record, server, lazy)
             if lazy and not os.path.lexists(record.directory):
                 return  # its server goes on for those who have something open
-            if pidfd is not None:
-                _wait_end(record, pidfd, lazy)
-        finally:
-            if pidfd is not None:
-                os.close(pidfd)
+            if server is not None and not server.wait(PATIENCE):
+                if not lazy:
+                    raise OSError(errno.ETIMEDOUT, f"unmounted, but its server (pid {record.pid}) has not ended")
+                server.kill(signal.SIGKILL)
+                server.wait(PATIENCE)
         if not lazy or not os.path.lexists(record.directory):
             return
     # The server is dead: clear up what it left.
@@ -69,36 +73,60 @@ def _umount_record(store: state.Store, record: state.Record, lazy: bool, program
 
     if record.mount is not None:
         mount.clean_up(record.mount, program)
+    elif record.created is not None:
+        _undo(store, record, record.created, program)
     store.remove(record)
 
 
-def _ask(record: state.Record, lazy: bool) -> None:
+def _undo(store: state.Store, record: state.Record, begun: dict[str, Any], program: str | None) -> None:
+    """Undo what a server had begun at its target when it died: it had no time to note its mount."""
+    from fusewire.linux import mount_base, mount_namespace, mountinfo
+
+    place, mode = os.fsencode(str(begun.get("place"))), begun.get("mode")
+    link = _link_of(place)
+    if link is not None:
+        if link[0] == record.pid:
+            mount_namespace.put_back(place, os.readlink(place), mode)
+    elif mode is not None and not os.path.lexists(place):
+        mount_namespace.make_again(place, mode)
+    else:
+        found = mountinfo.at(place)
+        known = [other.mount["mount_id"] for other in store.load_all()[0] if other.mount is not None]
+        if found is not None and found.fstype.startswith(b"fuse.fusewire"):
+            if found.id not in (begun.get("mount_id"), *known):
+                _clean_at(place, found, mode is None, program)
+        elif mode is None:
+            mount_base.rmdir_if_ours(place)
+
+
+def _ask(record: state.Record, server: process.Hold | None, lazy: bool) -> None:
+    """Tell a server to unmount."""
+    if record.mount is None and server is not None:
+        server.kill(signal.SIGTERM)  # it is about to mount, and does not listen yet
+        return
     try:
         answer = state.control(record.control, {"command": "umount", "lazy": lazy}, PATIENCE)
     except OSError as error:
         if error.errno == errno.ECONNRESET:
             return  # it has ended meanwhile
+        if error.errno in (errno.ECONNREFUSED, errno.ENOENT) and server is not None and server.wait(_ENDING):
+            return  # somebody else has told it already
         if not lazy:
             raise OSError(
                 error.errno,
                 f"its server (pid {record.pid}) does not answer: {error.strerror}; `fusewire umount --lazy` ends it",
             ) from error
-        os.kill(record.pid, signal.SIGKILL)
+        if server is None:
+            raise OSError(
+                error.errno,
+                f"its server (pid {record.pid}) does not answer, and lives in another PID namespace; unmount it there",
+            ) from error
+        server.kill(signal.SIGKILL)
         return
     if not answer.get("ok"):
         number = int(answer.get("errno", errno.EIO))
         hint = "; --lazy detaches it all the same" if number == errno.EBUSY else ""
         raise OSError(number, f"{answer.get('error', 'the server refused')}{hint}")
-
-
-def _wait_end(record: state.Record, pidfd: int, lazy: bool) -> None:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    if not poll.poll(PATIENCE * 1000):
-        if not lazy:
-            raise OSError(errno.ETIMEDOUT, f"unmounted, but its server (pid {record.pid}) has not ended")
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        poll.poll(PATIENCE * 1000)
 
 
 def _umount_other(target: str, lazy: bool, program: str | None) -> int:
@@ -119,25 +147,29 @@ def _umount_other(target: str, lazy: bool, program: str | None) -> int:
             file=sys.stderr,
         )
         return EXIT_FAILED
-    from fusewire.linux import mount
-
     try:
-        mount.clean_up(
-            {
-                "strategy": "direct",
-                "target": os.fsdecode(place),
-                "inside": os.fsdecode(place),
-                "outside": None,
-                "created": False,
-                "mount_id": found.id,
-                "device": os.fsdecode(found.device),
-            },
-            program,
-        )
+        _clean_at(place, found, False, program)
     except OSError as error:
         print(f"fusewire: cannot unmount {target}: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _clean_at(place: bytes, found: mountinfo.Mount, created: bool, program: str | None) -> None:
+    from fusewire.linux import mount
+
+    mount.clean_up(
+        {
+            "strategy": "direct",
+            "target": os.fsdecode(place),
+            "inside": os.fsdecode(place),
+            "outside": None,
+            "created": created,
+            "mount_id": found.id,
+            "device": os.fsdecode(found.device),
+        },
+        program,
+    )
 
 
 def _link_of(place: bytes) -> tuple[int, int] | None:
@@ -151,9 +183,18 @@ def _link_of(place: bytes) -> tuple[int, int] | None:
     return (int(words[2]), int(words[4])) if words[2].isdecimal() and words[4].isdecimal() else None
 
 
-def _serves(pid: int) -> bool:
-    """Tell whether a process has /dev/fuse open. Raises PermissionError if it is somebody else's."""
+def _holds(pid: int, fd: int) -> bool:
+    """Tell whether a descriptor of a process is on a mount of Fusewire's. Raises PermissionError if it is another's."""
+    from fusewire.linux import mountinfo
+
     try:
+        number = mountinfo.id_of_fd(fd, pid)
+        if number is None:
+            return False
+        found = mountinfo.by_id(number, mountinfo.read(pid))
+        if found is not None:
+            return found.fstype.startswith(b"fuse.fusewire")
+        # Its private mount point went with the record, and the kernel detached it from there: it is in no table.
         names = os.listdir(f"/proc/{pid}/fd")
         return any(os.readlink(f"/proc/{pid}/fd/{name}") == "/dev/fuse" for name in names)
     except (FileNotFoundError, ProcessLookupError):
@@ -165,21 +206,18 @@ def _umount_link(target: str, place: bytes, pid: int, fd: int) -> int:
     start = process.start_time(pid)
     if any(record.pid == pid and record.starttime == start for record in state.of_user(os.environ).load_all()[0]):
         start = None  # the link is older than that server, and says nothing of it
-    pidfd = process.open_alive(pid, start) if start is not None else None
-    if pidfd is not None:
+    server = process.hold(pid, start) if start is not None else None
+    with server or contextlib.nullcontext():
         try:
-            if _serves(pid):
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                poll = select.poll()
-                poll.register(pidfd, select.POLLIN)
-                if not poll.poll(PATIENCE * 1000):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    poll.poll(PATIENCE * 1000)
+            # Anybody can make a link that says so: it counts from the one whose server it names.
+            if server is not None and os.lstat(place).st_uid == os.stat(f"/proc/{pid}").st_uid and _holds(pid, fd):
+                server.kill(signal.SIGTERM)
+                if not server.wait(PATIENCE):
+                    server.kill(signal.SIGKILL)
+                    server.wait(PATIENCE)
         except PermissionError:
             print(f"fusewire: {target}: the mount of another user (its server is pid {pid})", file=sys.stderr)
             return EXIT_FAILED
-        finally:
-            os.close(pidfd)
     if _link_of(place) == (pid, fd):
         os.unlink(place)
     return 0

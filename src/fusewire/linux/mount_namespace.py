@@ -256,7 +256,7 @@ def _replace(place: Place, link: bytes) -> None:
         os.symlink(link, place.path)
     except OSError as error:
         if place.previous is not None:
-            _make_again(place.path, place.previous)
+            make_again(place.path, place.previous)
         raise OSError(error.errno, f"the link to the mount cannot be made: {error.strerror}", name) from error
 
 
@@ -274,12 +274,19 @@ def put_back(path: bytes, link: bytes, previous: int | None) -> None:
             return
         raise
     if previous is not None:
-        _make_again(path, previous)
+        make_again(path, previous)
 
 
-def _make_again(path: bytes, mode: int) -> None:
+def make_again(path: bytes, mode: int) -> None:
+    """Make the directory that was at a target, unless something is there by now."""
     try:
-        os.mkdir(path)
+        os.mkdir(path, 0o700)
     except FileExistsError:
         return
-    os.chmod(path, mode)
+    # By descriptor: where others may write in the parent, the name may mean a file of ours by now.
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            os.fchmod(fd, mode)
+    finally:
+        os.close(fd)

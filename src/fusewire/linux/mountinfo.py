@@ -154,14 +154,17 @@ def holding(path: bytes, text: bytes | None = None) -> Mount | None:
     return found
 
 
-def id_of_fd(fd: int) -> int | None:
-    """The id of the mount that an open descriptor (O_PATH also) belongs to, from /proc/self/fdinfo."""
+def id_of_fd(fd: int, pid: int | str = "self") -> int | None:
+    """The id of the mount that an open descriptor (O_PATH also) belongs to, from /proc/PID/fdinfo.
+
+    None for one that is not open. Raises PermissionError for a process of somebody else's.
+    """
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+        with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as info:
             for line in info:
                 if line.startswith(b"mnt_id:"):
                     return int(line[7:])
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return None
 

@@ -16,6 +16,7 @@ from fusewire.linux import syscalls
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
+    from typing import Self
 
 _INT = struct.calcsize("i")
 MAX_SENT_FDS = 253  # SCM_MAX_FD
@@ -108,7 +109,7 @@ class Hold:
         self._start = start
         self._fd = fd
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
