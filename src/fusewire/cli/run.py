@@ -103,9 +103,15 @@ def run(job: Run) -> int:
     os.close(complain)
     if job.wait_all and not job.own_pids:
         process.become_subreaper()
-    failure = parse_report(_read_all(complaints))
+    report, ended_by = supervise.read_unless_ended(complaints)
+    failure = parse_report(report)
     os.close(complaints)
     try:
+        if ended_by:
+            # The server may hang, in the very source that somebody has lost patience with: it is not waited for.
+            os.kill(server, signal.SIGKILL)
+            _end(command, signal.SIGKILL)
+            return supervise.leave(ended_by)
         if failure is not None:
             _end(command, signal.SIGKILL)
             _end(server, signal.SIGKILL)

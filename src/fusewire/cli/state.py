@@ -283,8 +283,10 @@ class Store:
             except OSError as error:
                 if path == self.roots[0]:
                     raise
-                # Somebody else's /tmp/fusewire-UID must not stand in the way of who has a directory of his own.
-                problems.append(Problem(os.path.basename(path), path, str(error.strerror)))
+                # Somebody else's /tmp/fusewire-UID must not stand in the way of who has a directory of his own: no
+                # record of ours can be there.
+                if os.lstat(path).st_uid == os.geteuid():
+                    problems.append(Problem(os.path.basename(path), path, str(error.strerror)))
                 continue
             try:
                 for name in sorted(os.listdir(root)):

@@ -44,6 +44,33 @@ def block() -> set[signal.Signals]:
     return {number for number in before if isinstance(number, signal.Signals)}
 
 
+def read_unless_ended(fd: int) -> tuple[bytes, int]:
+    """Read a pipe to its end, or until somebody wants us to end: what has been read, and that signal or 0.
+
+    For the time before there is a command that could hear it. Signals must be held back (`block`).
+    """
+    import select
+
+    from fusewire.linux import syscalls
+
+    signals = syscalls.signalfd(ENDING)
+    watch = select.poll()
+    watch.register(fd, select.POLLIN)
+    watch.register(signals, select.POLLIN)
+    parts = []
+    try:
+        while True:
+            if fd not in (ready for ready, _ in watch.poll()):
+                info = signal.sigtimedwait(ENDING, 0)
+                return b"".join(parts), 0 if info is None else info.si_signo
+            part = os.read(fd, 65536)
+            if not part:
+                return b"".join(parts), 0
+            parts.append(part)
+    finally:
+        os.close(signals)
+
+
 def restore(mask: set[signal.Signals]) -> None:
     """Undo what Python has changed for a process that is about to become another program; `mask` is the old mask.
 

@@ -34,13 +34,18 @@ _MOST_INODES = 512
 _NOT_NOW = 1 << 62
 
 
+def _helpers() -> int:
+    """One thread per processor: the worker that answers mostly waits for them. With one processor nobody can help."""
+    processors = len(os.sched_getaffinity(0))
+    return min(processors, 8) if processors > 1 else 0
+
+
 class Prefetcher:
     """Reads files of one image with the help of `threads` decompressing threads, started at the first use."""
 
     def __init__(self, image: Image, threads: int | None = None, window: int = WINDOW) -> None:
         self._image = image
-        # The worker that answers decompresses too. With one processor there is nobody to help.
-        self._threads = threads if threads is not None else min(os.cpu_count() or 1, 8) - 1
+        self._threads = threads if threads is not None else _helpers()
         self._jobs: SimpleQueue[list[Key] | int | None] = SimpleQueue()
         self._started = False
         self._next: dict[int, int] = {}  # inode reference -> where a sequential reader would go on

@@ -254,7 +254,7 @@ def _mount_direct(target: bytes | None, options: Options) -> Mount:
     try:
         if created:
             make_directory(inside)
-        mount_by_string(fd, inside, options)
+        _mount_exactly(fd, inside, options)
         result = _DirectMount("direct", fd, target, inside)
         result._created = created
         result._remember()
@@ -265,6 +265,24 @@ def _mount_direct(target: bytes | None, options: Options) -> Mount:
             os.close(fd)
             if created:
                 rmdir_if_ours(inside)
+
+
+def _mount_exactly(fd: int, path: bytes, options: Options) -> None:
+    """mount(2) at a path without symlinks, as it was found: root mounts in directories where others may rename."""
+    place = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    name = b"/proc/self/fd/%d" % place
+    try:
+        if os.readlink(name) != path:
+            raise RefusedError(
+                errno.EAGAIN, f"{os.fsdecode(path)} is not the same place any more", "try again where nobody renames"
+            )
+        mount_by_string(fd, name, options)
+    except OSError as error:
+        if error.filename == os.fsdecode(name):
+            error.filename = os.fsdecode(path)
+        raise
+    finally:
+        os.close(place)
 
 
 # --- fusermount3

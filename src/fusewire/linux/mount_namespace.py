@@ -30,6 +30,8 @@ from fusewire.linux.mount_base import (
     unmount_path,
 )
 
+_LONGEST = 255  # bytes of a value, fsconfig(2)
+
 
 class NamespaceMount(Mount):
     """`_tree` is the descriptor that makes /proc/PID/fd/N; closing it is part of unmounting, as it keeps it busy."""
@@ -192,13 +194,17 @@ def _open_door() -> None:
 def _attach(fd: int, path: bytes, options: Options) -> int:
     """Mount on `path` and give a descriptor of the mount's root.
 
-    By the mount API of Linux 5.2. Where that is missing, or refused by an old seccomp profile, by mount(2).
+    By the mount API of Linux 5.2. Where that is missing, or refused by an old seccomp profile, by mount(2); also where
+    the source has a long name, for fsconfig(2) takes 255 bytes.
     """
-    try:
-        context = syscalls.fsopen(b"fuse")
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM):
-            raise explained(error) from error
+    context = -1
+    if len(options.fsname) <= _LONGEST:
+        try:
+            context = syscalls.fsopen(b"fuse")
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise explained(error) from error
+    if context < 0:
         mount_by_string(fd, path, options)
         return process.above_stdio(os.open(path, os.O_PATH | os.O_CLOEXEC))
     tree = -1

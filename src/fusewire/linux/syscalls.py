@@ -17,6 +17,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import NoReturn
 
 # <linux/sched.h>
@@ -374,6 +375,17 @@ def capabilities_of(pid: int | str = "self") -> Capabilities:
 def has_capability(capability: int) -> bool:
     """True if this thread has `capability` effective in its own user namespace (which need not be the first one)."""
     return bool(capget().effective >> capability & 1)
+
+
+def signalfd(signals: Iterable[int]) -> int:
+    """A descriptor that is readable while one of the signals, which must be blocked, is pending: signalfd(2)."""
+    mask = sum(1 << number - 1 for number in signals)
+    bits = 8 * ctypes.sizeof(_ulong)
+    words = [mask >> first & (1 << bits) - 1 for first in range(0, 1024, bits)]  # sigset_t of glibc and musl
+    fd = int(_call("signalfd", _int, _ptr, _int)(-1, (_ulong * len(words))(*words), os.O_CLOEXEC))
+    if fd < 0:
+        _fail("signalfd")
+    return fd
 
 
 def pidfd_open(pid: int) -> int:

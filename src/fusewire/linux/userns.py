@@ -390,6 +390,15 @@ def seccomp_filtered() -> bool:
     return _status(b"Seccomp") == b"2"
 
 
+def _is_mapped(name: str, number: int) -> bool:
+    with open(f"/proc/self/{name}", "rb") as file:
+        for line in file:
+            inside, _, count = map(int, line.split())
+            if inside <= number < inside + count:
+                return True
+    return False
+
+
 def in_first_namespace() -> bool:
     """True if all ids are themselves, as in the first user namespace of the machine (and of no other in practice)."""
     with open("/proc/self/uid_map", "rb") as uid_map:
@@ -467,6 +476,11 @@ def explain(step: str, number: int) -> tuple[str, str]:
             return _APPARMOR
         if seccomp_filtered():
             return _CONTAINER
+        if step == "unshare" and not (_is_mapped("uid_map", os.geteuid()) and _is_mapped("gid_map", os.getegid())):
+            return (
+                "this user's ids have no mapping in the user namespace that it is in",
+                "have the namespace map them (`unshare --map-current-user`), or run outside of it",
+            )
         if step == "unshare" and chrooted():
             return (
                 "this process is in a chroot, where no user namespace can be made",
