@@ -107,20 +107,29 @@ def run(job: Run) -> int:
     failure = parse_report(report)
     os.close(complaints)
     try:
-        if ended_by:
-            # The server may hang, in the very source that somebody has lost patience with: it is not waited for.
-            os.kill(server, signal.SIGKILL)
-            _end(command, signal.SIGKILL)
-            return supervise.leave(ended_by)
         if failure is not None:
             _end(command, signal.SIGKILL)
             _end(server, signal.SIGKILL)
             print(f"fusewire: {failure}", file=sys.stderr)
             return failure.code
-        status = _supervise(job, command, server)
+        if ended_by:
+            _give_up(command, server)
+            status: int | None = ended_by
+        else:
+            status = _supervise(job, command, server)
     finally:
         remove_places(job.specs)
     return supervise.EXIT_FAILED if status is None else supervise.leave(status)
+
+
+def _give_up(command: int, server: int) -> None:
+    """End both before the command has begun. The server may hang, in a source that somebody has lost patience with."""
+    _end(command, signal.SIGKILL)
+    held = process.hold(server, process.start_time(server) or 0)
+    if held is not None:
+        with held:
+            held.kill(signal.SIGKILL)
+            held.wait(1.0)
 
 
 def _supervise(job: Run, command: int, server: int) -> int | None:
@@ -276,13 +285,6 @@ def _end(pid: int, number: int) -> None:
         os.waitpid(pid, 0)
     except (ProcessLookupError, ChildProcessError):
         pass
-
-
-def _read_all(fd: int) -> bytes:
-    parts = []
-    while part := os.read(fd, 65536):
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _hand_over(socket: int, note: bytes, fds: list[int]) -> None:

@@ -381,7 +381,7 @@ def _untrusted(number: int, reason: str, path: str) -> OSError:
 def _write(root: int, record: Record) -> None:
     import json
 
-    data = memoryview(json.dumps(record.as_dict(), indent=1).encode() + b"\n")
+    data = memoryview(json.dumps(_converted(record.as_dict(), _as_utf8), indent=1).encode() + b"\n")
     directory = os.open(record.id, _DIRECTORY, dir_fd=root)
     temporary = f"{STATE}.{os.urandom(4).hex()}"
     try:
@@ -402,6 +402,23 @@ def _write(root: int, record: Record) -> None:
                 os.unlink(temporary, dir_fd=directory)
     finally:
         os.close(directory)
+
+
+def _converted(value: Any, convert: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return convert(value)
+    if isinstance(value, list):
+        return [_converted(item, convert) for item in value]
+    return {key: _converted(item, convert) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _as_utf8(text: str) -> str:
+    """A path as every locale finds it again: what is a letter in one is two stray bytes in another."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def _as_here(text: str) -> str:
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def _lock(root: int, name: str) -> int | None:
@@ -468,7 +485,7 @@ def _read(root: int, name: str, path: str) -> Record:
         raise ValueError(f"its {STATE} is not a record")
     if found.get("version") != VERSION:
         raise ValueError(f"written by another version of Fusewire (format {found.get('version')!r}, ours is {VERSION})")
-    fields = {key: value for key, value in found.items() if key in _FIELDS}
+    fields = {key: _converted(value, _as_here) for key, value in found.items() if key in _FIELDS}
     for key, value in fields.items():
         if not isinstance(value, _FIELDS[key][0]) or isinstance(value, bool):
             raise ValueError(f"its {STATE} is damaged: {key} is {value!r}")

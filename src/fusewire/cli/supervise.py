@@ -57,7 +57,7 @@ def read_unless_ended(fd: int) -> tuple[bytes, int]:
     watch = select.poll()
     watch.register(fd, select.POLLIN)
     watch.register(signals, select.POLLIN)
-    parts = []
+    parts: list[bytes] = []
     try:
         while True:
             if fd not in (ready for ready, _ in watch.poll()):

@@ -18,7 +18,7 @@ from fusewire.linux import process
 
 # A server that does not answer within this many seconds is called hung; how long we wait for its process to leave.
 PATIENCE = 30.0
-_ENDING = 5.0  # one that has closed its socket already
+_ENDING = 5.0  # one that has closed its socket already, or that need not be asked twice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def _ask(record: state.Record, server: process.Hold | None, lazy: bool) -> None:
         server.kill(signal.SIGTERM)  # it is about to mount, and does not listen yet
         return
     try:
-        answer = state.control(record.control, {"command": "umount", "lazy": lazy}, PATIENCE)
+        patience = min(PATIENCE, _ENDING) if lazy else PATIENCE
+        answer = state.control(record.control, {"command": "umount", "lazy": lazy}, patience)
     except OSError as error:
         if error.errno == errno.ECONNRESET:
             return  # it has ended meanwhile
@@ -231,13 +232,15 @@ def _living(target: str) -> state.Record:
         raise OSError(
             errno.ENOTCONN, f"{target}: its server (pid {record.pid}) is dead; `fusewire umount {target}` clears up"
         )
+    if not state.is_near(record):
+        raise OSError(errno.ESRCH, f"{target}: its server lives in another PID namespace; go there (a container?)")
     return record
 
 
 def path_of(target: str) -> int:
     """Print a path of the mount that every process of this user can use."""
     record = _living(target)
-    print(record.outside or record.target)
+    sys.stdout.buffer.write(os.fsencode(record.outside or record.target or "") + b"\n")  # a path is bytes
     return 0
 
 

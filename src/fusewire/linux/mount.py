@@ -204,7 +204,7 @@ def _absolute(path: bytes) -> bytes:
 
 def _check_fd(target: bytes | None) -> int:
     prefix, _, number = (target or b"").rpartition(b"/")
-    if prefix not in (b"/dev/fd", b"/proc/self/fd") or not number.isdigit():
+    if prefix not in (b"/dev/fd", b"/proc/self/fd") or not number.isdigit() or len(number) > 9:
         raise RefusedError(errno.EINVAL, "the mount point is not /dev/fd/N", "")
     fd = int(number)
     try:

@@ -209,12 +209,14 @@ def _resolve(target: bytes) -> bytes:
         existing = target
         while not os.path.exists(existing):
             if os.path.islink(existing):
+                if os.readlink(existing).startswith(b"/proc/"):
+                    break  # the link to a mount of another namespace, which we may not follow, or to a dead one
                 return os.path.realpath(target)  # dangling: what it names will be made
             existing = os.path.dirname(existing) or b"."
         try:
             if os.path.samestat(os.stat(existing), os.stat(os.path.realpath(existing))):
                 return os.path.realpath(target)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
     name = os.fsdecode(target)
     raise OSError(errno.EXDEV, "the mount point lies in a mount of another namespace, choose another", name)
