@@ -142,17 +142,26 @@ def test_runs_that_share_a_place_do_not_take_it_from_each_other(world: World, ru
     assert os.listdir(world.home()) == []
 
 
+def name_of(pid: int) -> str:
+    """The name of a process's program; empty once the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def test_wait_all_can_be_ended_by_a_signal_after_the_command(world: World, small: Path) -> None:
     script = "(exec sleep 600 >/dev/null 2>&1) & echo up"
     process = world.start("fusewire", "run", "--wait", "all", f"{small}:/opt/image", "--", "sh", "-c", script)
     assert process.line() == "up"
-    left = [pid for pid in world.pids() if Path(f"/proc/{pid}/comm").read_text() == "sleep\n"]
-    while any(Path(f"/proc/{pid}/comm").read_text() == "sh\n" for pid in children(process.pid)):
+    left = [pid for pid in world.pids() if name_of(pid) == "sleep"]
+    while any(name_of(pid) == "sh" for pid in children(process.pid)):
         os.sched_yield()  # until the command has been reaped
     process.kill(signal.SIGTERM)
     assert process.wait() == 0
-    for pid in [*left, *(p for p in world.pids() if Path(f"/proc/{p}/comm").read_text() == "sleep\n")]:
-        os.kill(pid, signal.SIGKILL)
+    for pid in {*left, *(p for p in world.pids() if name_of(p) == "sleep")}:
+        if name_of(pid) == "sleep":
+            os.kill(pid, signal.SIGKILL)
 
 
 # --- the server of `fusewire mount`

@@ -84,19 +84,18 @@ def _undo(store: state.Store, record: state.Record, begun: dict[str, Any], progr
 
     place, mode = os.fsencode(str(begun.get("place"))), begun.get("mode")
     link = _link_of(place)
+    found = mountinfo.at(place)
     if link is not None:
         if link[0] == record.pid:
             mount_namespace.put_back(place, os.readlink(place), mode)
-    elif mode is not None and not os.path.lexists(place):
+    elif found is not None and found.fstype.startswith(b"fuse.fusewire"):
+        known = [other.mount["mount_id"] for other in store.load_all()[0] if other.mount is not None]
+        if found.id not in (begun.get("mount_id"), *known):
+            _clean_at(place, found, mode is None, program)
+    elif mode is not None:
         mount_namespace.make_again(place, mode)
     else:
-        found = mountinfo.at(place)
-        known = [other.mount["mount_id"] for other in store.load_all()[0] if other.mount is not None]
-        if found is not None and found.fstype.startswith(b"fuse.fusewire"):
-            if found.id not in (begun.get("mount_id"), *known):
-                _clean_at(place, found, mode is None, program)
-        elif mode is None:
-            mount_base.rmdir_if_ours(place)
+        mount_base.rmdir_if_ours(place)
 
 
 def _ask(record: state.Record, server: process.Hold | None, lazy: bool) -> None:
