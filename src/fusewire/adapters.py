@@ -227,11 +227,11 @@ def _check_data(session: Owner, unique: int, result: Any, request: Any, op: Op) 
         if length <= size:
             return [_OUT(16 + length, 0, unique), result]
     elif kind is FileRange:
-        fd, offset, count = result
+        fd, offset, count, keep = result
         plain = type(fd) is type(offset) is type(count) is int
         if not (plain and 0 <= fd < 1 << 31 and 0 <= offset < 1 << 63 and count >= 0):
             return session.bad_reply(unique, op, "a range of a file that cannot be")
-        return FileReply(unique, FileRange(fd, offset, min(count, size)))
+        return FileReply(unique, FileRange(fd, offset, min(count, size), keep))
     elif kind is list:
         length = 0
         for part in result:

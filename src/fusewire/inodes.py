@@ -66,6 +66,16 @@ class InodeTable(Generic[T]):
                 self._by_key[key] = nodeid
             return nodeid, item
 
+    def again(self, key: Hashable) -> tuple[int, T] | None:
+        """Count one more lookup of what has `key`: (node id, object), or None if nothing has it."""
+        with self._lock:
+            known = self._by_key.get(key)
+            if known is None:
+                return None
+            node = self._nodes[known]
+            node[1] += 1
+            return known, node[0]
+
     def key_root(self, key: Hashable) -> None:
         """Give the root a key, so that a lookup that leads back to it finds node 1."""
         with self._lock:
@@ -75,6 +85,11 @@ class InodeTable(Generic[T]):
     def find(self, key: Hashable) -> int:
         """Give the node that has `key`, 0 if none; counts nothing (a notification wants the number)."""
         return self._by_key.get(key, 0)
+
+    def numbers(self) -> list[int]:
+        """Give all node ids, the root's too: to invalidate every one."""
+        with self._lock:
+            return list(self._nodes)
 
     def detach(self, nodeid: int) -> None:
         """Part a node from its key: the next `enter` with it makes another node (the file was removed or replaced)."""

@@ -68,11 +68,15 @@ class Entry(NamedTuple):
 
 
 class FileRange(NamedTuple):
-    """Data for a READ reply that lies in a file: the transport moves `size` bytes at `offset` of `fd` itself."""
+    """Data for a READ reply that lies in a file: the transport moves `size` bytes at `offset` of `fd` itself.
+
+    `keep` is whatever has to live until that is done: the descriptor's owner, where another request may end it.
+    """
 
     fd: int
     offset: int
     size: int
+    keep: object = None
 
 
 class Statfs(NamedTuple):
@@ -198,6 +202,9 @@ class Connection(Protocol):
     max_pages: int
 
     def may_block(self, long: bool = False) -> None: ...
+    def log_once(self, message: str, error: BaseException | None = None) -> None: ...
+    def backing_open(self, fd: int) -> int: ...
+    def backing_close(self, backing_id: int) -> None: ...
     def notify_inval_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> bool: ...
     def notify_inval_entry(self, parent: int, name: bytes, *, expire_only: bool = False) -> bool: ...
     def notify_delete(self, parent: int, child: int, name: bytes) -> bool: ...

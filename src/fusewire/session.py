@@ -136,6 +136,8 @@ class Session:
         self.on_ready: Callable[[], None] | None = None
         self.on_destroy: Callable[[], None] | None = None
         self.on_block: Callable[[bool], None] | None = None
+        self.on_backing_open: Callable[[int], int] | None = None
+        self.on_backing_close: Callable[[int], None] | None = None
         self.ready = False
         self.refused = ""
         self.minor = 0
@@ -504,6 +506,22 @@ class Session:
         """Hear from a handler that it is about to be slow; `long`: milliseconds rather than microseconds."""
         if self.on_block is not None:
             self.on_block(long)
+
+    # Backing files (FUSE_PASSTHROUGH): what the transport does for a filesystem.
+
+    def backing_open(self, fd: int) -> int:
+        """Have the kernel read and write the file `fd` itself; give the id for `open`'s third value.
+
+        Raises OSError: EPERM without CAP_SYS_ADMIN in the first user namespace, EOPNOTSUPP where it is not agreed.
+        """
+        if self.on_backing_open is None or not self.flags & abi.FUSE_PASSTHROUGH:
+            raise OSError(errno.EOPNOTSUPP, "backing files were not agreed on")
+        return self.on_backing_open(fd)
+
+    def backing_close(self, backing_id: int) -> None:
+        """Let go of a backing file; what is open goes on."""
+        if self.on_backing_close is not None:
+            self.on_backing_close(backing_id)
 
     # Notifications: what the server says unasked. Each gives False when the kernel does not know the node or the name.
 

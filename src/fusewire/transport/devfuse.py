@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import select
-from _thread import allocate_lock, get_ident
+from _thread import allocate_lock, get_ident, start_new_thread
 from io import FileIO
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fusewire.adapters import FileReply
 from fusewire.session import Session
 from fusewire.wire import abi, codec
+from fusewire.wire.table import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +31,13 @@ _ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 # write(2), fuse_dev_do_write: ENOENT says that nobody waits for this reply any more.
 _NOBODY_WAITS = errno.ENOENT
 
+_BACKING_MAP = layout("fuse_backing_map").pack
 
 # A wait below this (seconds) could have been spent looking; a look takes about a microsecond.
 _SHORT_WAIT = 0.0001
 _MOST_TRIES = 64
+# Up to so many bytes of a file are read without looking whether another worker could be at work meanwhile.
+_LITTLE = 32 << 10
 _CAN_SPIN = len(os.sched_getaffinity(0)) > 1
 
 
@@ -56,11 +60,19 @@ class Channel:
         # Held by the worker that reads requests, where the filesystem announces what is slow; `_leader` is its thread.
         self._lead = allocate_lock()
         self._leader = 0
+        self._leading: list[int] = [0]  # the leader's count of requests
+        self._asleep = False  # the leader waits for a request
+        self._watched = False
+        self._bell = allocate_lock()  # wakes the thread that watches the leader
+        self._parked = False
         self._spin = 0
+        self._nowait = hasattr(os, "RWF_NOWAIT")
         self._waiting = select.poll()
         self._waiting.register(fd, select.POLLIN)
         if session.operations.announces_blocking:
             session.on_block = self._hand_over
+        session.on_backing_open = self._backing_open
+        session.on_backing_close = self._backing_close
         session.page_size = os.sysconf("SC_PAGE_SIZE")
         session.send = self.send
 
@@ -102,6 +114,7 @@ class Channel:
         # The kernel refuses a buffer smaller than max(8192, header + write_in + max_write) with EINVAL.
         buffer = bytearray(max(abi.FUSE_MIN_READ_BUFFER, self.session.max_write + 4096))
         view = memoryview(buffer)
+        room = bytearray()  # for the data of files, once there is any
         handle, write, writev = self.session.handle, os.write, os.writev
         try:
             if self.clone_fd and len(self._counts) > 1:
@@ -115,10 +128,12 @@ class Channel:
             tries = 0
             if in_turn:
                 os.set_blocking(fd, False)
+                self._start_watching()
             while True:
                 if in_turn and self._leader != me:
                     self._lead.acquire()
                     self._leader = me
+                    self._leading = count
                 try:
                     length = receive(buffer)
                 except OSError as error:
@@ -151,8 +166,11 @@ class Channel:
                             write(fd, reply[0])
                         else:
                             writev(fd, reply)
-                    else:
-                        self._write_file(fd, reply)
+                    elif type(reply) is FileReply:
+                        if len(room) < 16 + reply.range.size:
+                            room = bytearray(16 + reply.range.size)
+                        self._write_file(fd, reply, room)
+                        reply = None  # it may hold the last reference to a descriptor
                     if operations.idle_work and self._leader == me and not self._waiting.poll(0):
                         operations.idle()
                 except OSError as error:
@@ -162,9 +180,7 @@ class Channel:
                         return
                     self._refused(fd, codec.IN_HEADER.unpack_from(view)[2], error)
         finally:
-            if self._leader == get_ident():
-                self._leader = 0
-                self._lead.release()
+            self._release(get_ident())
             self._leave(fd if fd != shared else -1)
 
     def _wait(self) -> None:
@@ -175,8 +191,12 @@ class Channel:
         on where waits have been short, twice as long each time, and stop at once where one was not.
         """
         before = perf_counter()
+        self._asleep = True
         self._waiting.poll()
+        self._asleep = False
         waited = perf_counter() - before
+        if self._parked:
+            self._ring()
         if waited < _SHORT_WAIT and _CAN_SPIN:
             self._spin = min(max(2 * self._spin, 4), _MOST_TRIES)
         elif waited > 10 * _SHORT_WAIT:
@@ -184,9 +204,58 @@ class Channel:
 
     def _hand_over(self, long: bool) -> None:
         """Let another worker read, if this one does and there is something to read, or it will be away for long."""
-        if self._leader == get_ident() and (long or self._waiting.poll(0)):
+        me = get_ident()
+        if self._leader == me and (long or self._waiting.poll(0)):
+            self._release(me)
+
+    def _release(self, leader: int) -> None:
+        """Let somebody else lead, if `leader` still does."""
+        with self._lock:
+            if self._leader != leader:
+                return
             self._leader = 0
-            self._lead.release()
+        self._lead.release()
+
+    def _ring(self) -> None:
+        """Wake the thread that watches."""
+        with self._lock:
+            self._parked = False
+            if self._bell.locked():
+                self._bell.release()
+
+    def _watch(self) -> None:
+        """Take the lead away from a worker that has been in one request for long, unannounced: a slow disk, NFS.
+
+        Looks every 20 ms while there are requests, and sleeps too once the leader has done so for a second.
+        """
+        seen, last, quiet = 0, -1, 0
+        self._bell.acquire()
+        while not self.ended:
+            if self._asleep:
+                quiet += 1
+                if quiet > 50:
+                    self._parked = True
+                    if self._asleep:  # else it may have woken up before it could see that we are parked
+                        self._bell.acquire()
+                    self._parked = False
+                    quiet = 0
+            else:
+                quiet = 0
+                leader, done = self._leader, self._leading[0]
+                if leader and leader == seen and done == last and not self._asleep:
+                    self._release(leader)
+                seen, last = leader, done
+            self._bell.acquire(timeout=0.02)
+
+    def _start_watching(self) -> None:
+        with self._lock:
+            if self._watched or len(self._counts) < 2:
+                return
+            self._watched = True
+        try:
+            start_new_thread(self._watch, ())
+        except RuntimeError:
+            pass  # the system allows no more threads (RLIMIT_NPROC)
 
     def _enter(self) -> int:
         with self._lock:
@@ -197,6 +266,8 @@ class Channel:
     def _leave(self, clone: int) -> None:
         with self._lock:
             self.ended = True
+            if self._watched and self._bell.locked():
+                self._bell.release()  # the watching thread sees the end
             if clone >= 0:
                 self._clones.remove(clone)
                 os.close(clone)
@@ -239,16 +310,42 @@ class Channel:
             if again.errno != _NOBODY_WAITS and again.errno not in _ENDED:
                 raise
 
-    def _write_file(self, fd: int, reply: FileReply | list[Buffer]) -> None:
-        assert type(reply) is FileReply
-        source = reply.range
-        data = bytearray(source.size)
+    def _write_file(self, fd: int, reply: FileReply, room: bytearray) -> None:
+        """Answer with a range of a file, read into `room` behind the header: one copy in, one write out."""
+        number, offset, size, _keep = reply.range
+        view = memoryview(room)
+        target = view[16 : 16 + size]
         try:
-            length = os.preadv(source.fd, [data], source.offset)
+            if self._leader != get_ident():
+                length = os.preadv(number, [target], offset)
+            elif size > _LITTLE or not self._nowait:
+                self._hand_over(False)
+                length = os.preadv(number, [target], offset)
+            else:
+                length = self._read_little(number, target, offset)
         except OSError as error:
             os.writev(fd, [codec.OUT_HEADER.pack(16, -(error.errno or errno.EIO), reply.unique)])
             return
-        os.writev(fd, [codec.OUT_HEADER.pack(16 + length, 0, reply.unique), memoryview(data)[:length]])
+        codec.OUT_HEADER.pack_into(room, 0, 16 + length, 0, reply.unique)
+        os.write(fd, view[: 16 + length])
+
+    def _read_little(self, number: int, target: memoryview, offset: int) -> int:
+        """Read a little as the leader: at once if it is in the page cache, else let another worker lead meanwhile."""
+        size = len(target)
+        try:
+            length = os.preadv(number, [target], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            length = 0
+            self._hand_over(True)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._nowait = False  # a filesystem that cannot tell
+            length = 0
+            self._hand_over(False)
+        if length < size:  # the end of the file, or of what was in the cache
+            length += os.preadv(number, [target[length:]], offset + length)
+        return length
 
     def _clone(self) -> int:
         """Open a second descriptor of the same connection, FUSE_DEV_IOC_CLONE: its own queue of requests in work."""
@@ -263,6 +360,22 @@ class Channel:
         with self._lock:
             self._clones.append(clone)
         return clone
+
+    def _backing_open(self, fd: int) -> int:
+        import fcntl
+
+        # A bytearray: with bytes, ioctl() would return those and not the id.
+        backing: int = fcntl.ioctl(self.fd, abi.FUSE_DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP(fd, 0)))
+        return backing
+
+    def _backing_close(self, backing_id: int) -> None:
+        import fcntl
+
+        try:
+            fcntl.ioctl(self.fd, abi.FUSE_DEV_IOC_BACKING_CLOSE, codec.U32.pack(backing_id))
+        except OSError as error:
+            if error.errno not in _ENDED and error.errno != errno.ENOENT:
+                raise
 
     def close(self) -> None:
         """Close the descriptor. The last one of a connection ends it: whoever waits gets ENOTCONN.
