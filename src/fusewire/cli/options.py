@@ -59,6 +59,7 @@ class MountOptions:
         "congestion_threshold",
         "debug",
         "default_permissions",
+        "directory",
         "entry_timeout",
         "flags",
         "fsname",
@@ -111,6 +112,8 @@ class MountOptions:
         self.congestion_threshold: int | None = None
         self.max_readahead: int | None = None
         self.max_write: int | None = None
+        # What concerns a host directory, under the names of fs.passthrough.Config; what was not said is not in it.
+        self.directory: dict[str, str | bool | tuple[str, ...]] = {}
 
     @property
     def read_only(self) -> bool:
@@ -195,7 +198,7 @@ def _name(limit: int) -> Callable[[str], str]:
 class _Row:
     """One option: what it sets, or how its value is read, or why it is ignored or refused."""
 
-    __slots__ = ("clear", "convert", "help", "ignored", "name", "refused", "set", "sets", "value")
+    __slots__ = ("clear", "convert", "directory", "help", "ignored", "name", "refused", "set", "sets", "value")
 
     def __init__(
         self,
@@ -209,8 +212,10 @@ class _Row:
         convert: Callable[[str], Value] | None = None,
         ignored: bool = False,
         refused: str = "",
+        directory: bool = False,
     ) -> None:
         self.name = name
+        self.directory = directory
         self.help = text
         self.set = set
         self.clear = clear
@@ -270,7 +275,7 @@ _SOURCE = (
 _LIFE = (
     _flag("auto_unmount", "unmounted when the server ends, however it ends", auto_unmount=True),
     _valued("timeout", "SECONDS", _seconds, "unmounted after so long without use (default 0: never)"),
-    _flag("debug", "every request and its answer go to standard error", debug=True),
+    _flag("debug", "every request and its answer go to standard error; `mount` stays there (-f)", debug=True),
 )
 _CACHING = (
     _valued("cache_size", "BYTES", _size(0, 1 << 40), "most memory for unpacked blocks (default 64M)"),
@@ -291,6 +296,61 @@ _REQUESTS = (
     _valued("max_background", "N", _whole(1, 65535), "asynchronous requests at a time"),
     _valued("congestion_threshold", "N", _whole(1, 65535), "from how many of them on the kernel holds back"),
 )
+
+
+def _choice(*offered: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in offered:
+            raise ValueError(f"must be one of {', '.join(offered)}")
+        return text
+
+    return convert
+
+
+_DIRECTORY = (
+    _Row(
+        "cache",
+        "none, metadata, auto (default) or always",
+        value="MODE",
+        directory=True,
+        convert=_choice("none", "never", "metadata", "auto", "always"),
+    ),
+    _Row("writeback", "the kernel collects writes", directory=True),
+    _Row("posix_lock", "record locks are taken on the host (default)", directory=True),
+    _Row("flock", "flock(2) too (default)", directory=True),
+    _Row("xattr", "extended attributes (default)", directory=True),
+    _Row(
+        "xattrmap",
+        "how their names are stored, in virtiofsd's rules",
+        value="RULES",
+        directory=True,
+        convert=_name(65536),
+    ),
+    _Row("posix_acl", "access control lists count", directory=True),
+    _Row("security_label", "labels are set on creation", directory=True),
+    _Row("killpriv_v2", "the server clears set-user-ID bits (default)", directory=True),
+    _Row("readdirplus", "attributes come with names (default, but for cache=none)", directory=True),
+    _Row("announce_submounts", "mounts below the directory are shown as such (default)", directory=True),
+    _Row("allow_direct_io", "O_DIRECT reaches the host (default)", directory=True),
+    _Row("allow_mmap", "shared mappings with cache=none (default)", directory=True),
+    _Row(
+        "inode_file_handles",
+        "never (default), prefer or mandatory",
+        value="WHEN",
+        directory=True,
+        convert=_choice("never", "prefer", "mandatory"),
+    ),
+    _Row("translate_uid", "TYPE:FROM:TO:COUNT, may be repeated", value="RULE", directory=True, convert=_name(200)),
+    _Row("translate_gid", "the same for groups", value="RULE", directory=True, convert=_name(200)),
+    _Row(
+        "passthrough",
+        "the kernel reads and writes the files itself: auto (default) or off",
+        value="WHEN",
+        directory=True,
+        convert=_choice("auto", "off"),
+    ),
+    _Row("watch", "what is changed on the host is seen at once", directory=True),
+)
 _GROUPS = (
     ("access and mount flags", _ACCESS),
     ("ownership", _OWNERSHIP),
@@ -298,6 +358,7 @@ _GROUPS = (
     ("life", _LIFE),
     ("caching", _CACHING),
     ("requests", _REQUESTS),
+    ("a host directory; those without a value also as no_NAME", _DIRECTORY),
 )
 # What mount(8), /etc/fstab and older libfuse scripts hand on, and what changes nothing here.
 _IGNORED = (
@@ -383,8 +444,17 @@ def _apply(result: MountOptions, element: str) -> None:
     if name.startswith(("x-", "X-")):  # mount(8): remarks for other programs
         return
     row = _KNOWN.get(name)
+    if row is None and name.startswith("no_"):
+        row = _KNOWN.get(name[3:])
+        if row is not None and (not row.directory or row.convert is not None):
+            row = None
     if row is None:
         raise OptionError(element, _unknown(name))
+    if row.directory and row.convert is None:
+        if equals:
+            raise OptionError(element, f"takes no value; write `{name}`")
+        result.directory[row.name] = name == row.name
+        return
     if row.ignored:
         return
     if row.refused:
@@ -399,9 +469,16 @@ def _apply(result: MountOptions, element: str) -> None:
     if not value:
         raise OptionError(element, f"needs a value: `{name}={row.value}`")
     try:
-        setattr(result, name, row.convert(value))
+        converted = row.convert(value)
     except ValueError as error:
         raise OptionError(element, str(error)) from None
+    if not row.directory:
+        setattr(result, name, converted)
+    elif name.startswith("translate_"):
+        before = result.directory.get(name, ())
+        result.directory[name] = (*before, value) if isinstance(before, tuple) else (value,)
+    else:
+        result.directory[name] = value
 
 
 def _unknown(name: str) -> str:

@@ -29,13 +29,15 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     default_permissions = options.default_permissions
     if default_permissions is None:
         default_permissions = allow_other or options.allow_root
-    # Every source so far is read-only; the flag makes the kernel say so by itself.
+    # An image is read-only; the flag makes the kernel say so by itself.
     from fusewire.linux.syscalls import MS_RDONLY
+
+    read_only = 0 if os.path.isdir(source) else MS_RDONLY
 
     return Options(
         fsname=os.fsencode(options.fsname or os.path.abspath(source)),
         subtype=os.fsencode(SUBTYPE if options.subtype is None else f"{SUBTYPE}.{options.subtype}"),
-        flags=options.flags | MS_RDONLY,
+        flags=options.flags | read_only,
         allow_other=allow_other,
         allow_root=options.allow_root,
         default_permissions=default_permissions,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from fusewire.ops import Operations
@@ -26,21 +26,28 @@ class SourceOptions(Protocol):
     entry_timeout: float | None
     attr_timeout: float | None
     negative_timeout: float | None
+    kernel_cache: bool
+    directory: dict[str, str | bool | tuple[str, ...]]
+
+    @property
+    def read_only(self) -> bool: ...
 
 
 def open_source(source: str, options: SourceOptions) -> Operations:
-    """Open `source` (the path of an image) as a filesystem.
+    """Open `source` (the path of an image, or a directory) as a filesystem.
 
     Raises OSError that names the source: it is missing, may not be read, or is nothing that we know.
     """
     try:
+        if os.path.isdir(source):
+            return _open_directory(os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), source, options)
         fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
+        if error.filename is None:
+            raise
         raise OSError(error.errno, f"cannot open the source {source}: {error.strerror}") from error
     try:
         kind = os.fstat(fd)
-        if stat.S_ISDIR(kind.st_mode):
-            raise OSError(errno.EISDIR, f"{source} is a directory; only images can be mounted so far")
         if stat.S_ISREG(kind.st_mode):
             size = kind.st_size
         elif stat.S_ISBLK(kind.st_mode):
@@ -51,6 +58,29 @@ def open_source(source: str, options: SourceOptions) -> Operations:
     except BaseException:
         os.close(fd)
         raise
+
+
+def _open_directory(fd: int, source: str, options: SourceOptions) -> Operations:
+    from fusewire.fs.passthrough import Config, Passthrough
+
+    try:
+        for name in ("uid", "gid", "umask", "offset"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"`{name}=` is for images; owners of a directory's files are mapped by translate_uid=")
+        if options.squash_owner:
+            raise ValueError("`squash_owner` is for images; owners of a directory's files are mapped by translate_uid=")
+        said: dict[str, Any] = dict(options.directory)
+        said["passthrough"] = said.get("passthrough", "auto") == "auto"
+        for name in ("entry_timeout", "attr_timeout", "negative_timeout"):
+            if getattr(options, name) is not None:
+                said[name] = getattr(options, name)
+        return Passthrough(fd, Config(**said))
+    except ValueError as error:
+        os.close(fd)
+        raise OSError(errno.EINVAL, f"{source}: {error}") from error
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
 
 
 def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> Operations:

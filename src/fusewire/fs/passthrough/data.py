@@ -1,0 +1,200 @@
+"""Files of a served host directory: open, create, and everything that goes through a handle.
+
+Layer `fs`, a part of `Passthrough`. READ is answered with a range of the host's file, which the transport moves; WRITE
+goes from the request's memory to the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from fusewire.fs.passthrough.attributes import Attributes
+from fusewire.fs.passthrough.backing import Backing
+from fusewire.fs.passthrough.base import S_IFDIR, Handle
+from fusewire.fs.passthrough.locks import Locks
+from fusewire.fs.passthrough.names import Names
+from fusewire.fs.passthrough.nodes import STATUS, Fd
+from fusewire.linux import files
+from fusewire.ops import FileRange
+from fusewire.wire import abi
+
+if TYPE_CHECKING:
+    from fusewire.fs.passthrough.base import EntryTuple
+    from fusewire.fs.passthrough.nodes import Node
+    from fusewire.ops import Caller
+
+# Flags of open(2) that say how an open file behaves, and have been checked by the client's kernel.
+_KEPT = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NONBLOCK | os.O_NOATIME | os.O_DIRECT
+_APPEND_ONCE = 0x10  # RWF_APPEND
+_LITTLE = 32 << 10  # bytes; a smaller write is over before another worker would be at work
+
+
+class Data(Locks, Backing, Names, Attributes):
+    """The operations on open files."""
+
+    def _flags(self, flags: int) -> int:
+        """Give the flags to open the host's file with."""
+        flags &= _KEPT
+        if not self.config.allow_direct_io:
+            flags &= ~os.O_DIRECT
+        if self.flags & abi.FUSE_WRITEBACK_CACHE:
+            # The kernel reads what it is to complete before it writes, and knows where the end is.
+            if flags & os.O_ACCMODE == os.O_WRONLY:
+                flags = flags & ~os.O_ACCMODE | os.O_RDWR
+            flags &= ~os.O_APPEND
+        # With O_APPEND pwrite(2) would ignore the offset; each write says by itself whether it appends.
+        return flags & ~os.O_APPEND
+
+    def _opened(self, node: Node, fd: Fd, flags: int, status: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Give the handle of an open file, and say what the kernel may keep of it."""
+        handle = Handle(node, fd, flags)
+        mode = self.config.mode
+        open_flags = mode.open_flags
+        if flags & os.O_DIRECT and self.config.allow_direct_io:
+            open_flags |= abi.FOPEN_DIRECT_IO
+        elif mode.revalidate:
+            if status is None:
+                status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+            seen = (status[files.SX_SIZE], status[files.SX_MTIME], status[files.SX_MTIME_NS])
+            if seen == node.seen:
+                open_flags |= abi.FOPEN_KEEP_CACHE
+            node.seen = seen
+        backing = self._backing_of(node, fd)
+        fh = self.handles.add(handle)
+        if backing:
+            return fh, abi.FOPEN_PASSTHROUGH, backing
+        return fh, open_flags
+
+    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:  # type: ignore[override]
+        node = self.nodes.get(nodeid)
+        if node.kind == S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, "is a directory", node.name)
+        fd = self._reopen(node, self._flags(flags))
+        if flags & os.O_TRUNC:
+            if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
+                self._drop_privileges(node)
+            else:
+                self._clear_capability(node)
+        return self._opened(node, fd, flags)
+
+    def create(  # type: ignore[override]
+        self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
+    ) -> tuple[EntryTuple, tuple[int, ...]]:
+        above = self.nodes.get(parent)
+        directory = self.nodes.fd(above)
+        how = self._flags(flags) & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        made: list[int] = []
+        self.nodes.reserve()
+        self._changing(above, name)
+        try:
+            with self._umask(umask):
+                self._made(
+                    caller, directory, name, lambda at: made.append(os.open(name, how, mode & 0o7777, dir_fd=at))
+                )
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            # Somebody on the host was quicker. What there is now is opened like anything else that is found.
+            entry = self._found(above, directory, name)
+            try:
+                return entry, self.open(caller, entry[0], flags, open_flags)
+            except BaseException:
+                self.nodes.forget(entry[0], 1)
+                raise
+        except OSError as error:
+            for number in made:
+                os.close(number)
+            raise self.nodes.explain(error) from error
+        fd = Fd(made[0])
+        status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        entry = self._entry(above, directory, name, status)
+        return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
+
+    def tmpfile(  # type: ignore[override]
+        self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
+    ) -> tuple[EntryTuple, tuple[int, ...]]:
+        above = self.nodes.get(parent)
+        directory = self.nodes.fd(above)
+        self.nodes.reserve()
+        how = self._flags(flags) & ~os.O_TRUNC | os.O_TMPFILE | flags & os.O_EXCL | os.O_CLOEXEC
+        person = self._as(caller)
+        try:
+            with self._umask(umask):
+                fd = Fd(os.open(b".", how, mode & 0o7777, dir_fd=directory.number))
+        except OSError as error:
+            raise self.nodes.explain(error) from error
+        finally:
+            if person is not None:
+                person.leave()
+        status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        entry = self._entry(above, directory, b"", status)
+        node = self.nodes.get(entry[0])
+        self.nodes.pin(node, Fd(os.open(self._path(fd), os.O_PATH | os.O_CLOEXEC)))
+        return entry, self._opened(node, fd, flags, status)
+
+    def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
+        handle = self.handles.remove(fh)
+        self._flock_end(handle, release_flags)
+        self._backing_end(handle.node)
+
+    def read(
+        self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
+    ) -> FileRange:
+        fd = self.handles.get(fh).fd
+        return FileRange(fd.number, offset, size, fd)
+
+    def write(
+        self, nodeid: int, fh: int, offset: int, data: memoryview, write_flags: int, lock_owner: int, flags: int
+    ) -> int:
+        handle = self.handles.get(fh)
+        fd = handle.fd
+        if len(data) > _LITTLE and self._may_block is not None:
+            self._may_block(False)
+        if self.watching:
+            self._changing(handle.node.parent, handle.node.name)
+        if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
+            count = os.pwritev(fd.number, [data], offset, _APPEND_ONCE)
+        else:
+            count = os.pwrite(fd.number, data, offset)
+        if write_flags & abi.FUSE_WRITE_KILL_SUIDGID:
+            self._drop_privileges(handle.node)
+        elif self._xattrs is not None:
+            self._clear_capability(handle.node)
+        return count
+
+    def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:
+        fd = self.handles.get(fh).fd
+        os.close(os.dup(fd.number))  # close(2) gives the errors of delayed writes (quota, network filesystems)
+        self._locks_end(nodeid, lock_owner)
+
+    def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> None:
+        fd = self.handles.get(fh).fd
+        self._slow()
+        if fsync_flags & abi.FUSE_FSYNC_FDATASYNC:
+            os.fdatasync(fd.number)
+        else:
+            os.fsync(fd.number)
+
+    def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
+        fd = self.handles.get(fh).fd
+        return os.lseek(fd.number, offset, whence)
+
+    def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> None:
+        handle = self.handles.get(fh)
+        self._slow()
+        files.fallocate(handle.fd.number, mode, offset, length)
+
+    def copy_file_range(
+        self, nodeid: int, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int, flags: int
+    ) -> int:
+        source, target = self.handles.get(fh).fd, self.handles.get(fh_out).fd
+        self._slow()
+        # One call answers for at most MAX_RW_COUNT bytes, and the reply has 32 bits.
+        return os.copy_file_range(source.number, target.number, min(length, 0x7FFFF000), offset, offset_out)
+
+    def syncfs(self, nodeid: int) -> None:
+        fd = self._reopen(self.nodes.root, os.O_RDONLY | os.O_DIRECTORY)
+        self._slow()
+        files.syncfs(fd.number)

@@ -1,0 +1,203 @@
+"""Names in a served host directory: lookup, forget, and everything that makes, moves or removes one.
+
+Layer `fs`, a part of `Passthrough`. Names are one component each, checked by the session; descriptors of directories
+and O_NOFOLLOW do the rest: no path of the client's is ever resolved.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, device
+from fusewire.fs.passthrough.nodes import STATUS
+from fusewire.fs.passthrough.watch import Watch
+from fusewire.linux import files
+from fusewire.wire import abi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusewire.fs.passthrough.base import EntryTuple
+    from fusewire.fs.passthrough.nodes import Fd, Node
+    from fusewire.ops import Caller
+
+_NO_ATTR = (0,) * 16
+
+
+class Names(Watch):
+    """The operations on names."""
+
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> EntryTuple:  # type: ignore[override]
+        nodes = self.nodes
+        above = nodes.get(parent)
+        directory = above.fd or nodes.fd(above)
+        if self.watching:
+            self._look_at(above, directory)
+        try:
+            status = files.statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS)
+        except FileNotFoundError:
+            if self._negative_timeout:
+                return 0, _NO_ATTR, self._negative_timeout, 0, 0
+            raise
+        return self._entry(above, directory, name, status)
+
+    def forget(self, nodeid: int, nlookup: int) -> None:
+        node = self.nodes.forget(nodeid, nlookup)
+        if node is not None and self.watching:
+            self._look_away(node)
+
+    def readlink(self, nodeid: int) -> bytes:
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        try:
+            return os.readlink(b"", dir_fd=fd.number)
+        except FileNotFoundError:  # readlinkat(2) says so of an O_PATH descriptor of anything else
+            raise OSError(errno.EINVAL, "not a symbolic link", nodeid) from None
+
+    # Making
+
+    def _make(self, caller: Caller, parent: int, name: bytes, make: Callable[[int], None]) -> EntryTuple:
+        """Have `make(directory's descriptor)` create `name` as the caller, and look it up."""
+        above = self.nodes.get(parent)
+        directory = self.nodes.fd(above)
+        self._changing(above, name)
+        self._made(caller, directory, name, make)
+        return self._found(above, directory, name)
+
+    def _made(self, caller: Caller, directory: Fd, name: bytes, make: Callable[[int], None]) -> None:
+        person = self._as(caller)
+        try:
+            labels = self._labels(caller)
+            make(directory.number)
+        finally:
+            if person is not None:
+                person.leave()
+        if labels:
+            self._set_labels(directory, name, labels)
+
+    def _labels(self, caller: Caller) -> list[tuple[bytes, bytes]]:
+        """Give the security labels that came with the request, under the names that they have on the host."""
+        extensions = caller.extensions
+        if extensions is None or not extensions.security:
+            return []
+        mapped = self._xattrs
+        return [(mapped.to_host(name) if mapped is not None else name, value) for name, value in extensions.security]
+
+    def _set_labels(self, directory: Fd, name: bytes, labels: list[tuple[bytes, bytes]]) -> None:
+        """Label what was made just now; if that fails, it must not stay without."""
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.number)
+        try:
+            for label, value in labels:
+                os.setxattr(b"%s%d" % (self._proc, fd), label, value)
+        except OSError:
+            if os.fstat(fd).st_mode & S_IFMT == S_IFDIR:
+                os.rmdir(name, dir_fd=directory.number)
+            else:
+                os.unlink(name, dir_fd=directory.number)
+            raise
+        finally:
+            os.close(fd)
+
+    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> EntryTuple:  # type: ignore[override]
+        number = device(rdev)
+        with self._umask(umask):
+            return self._make(caller, parent, name, lambda at: os.mknod(name, mode, number, dir_fd=at))
+
+    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> EntryTuple:  # type: ignore[override]
+        with self._umask(umask):
+            return self._make(caller, parent, name, lambda at: os.mkdir(name, mode, dir_fd=at))
+
+    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> EntryTuple:  # type: ignore[override]
+        return self._make(caller, parent, name, lambda at: os.symlink(target, name, dir_fd=at))
+
+    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> EntryTuple:  # type: ignore[override]
+        above = self.nodes.get(newparent)
+        directory = self.nodes.fd(above)
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        self._changing(above, newname)
+        # By /proc: AT_EMPTY_PATH would take CAP_DAC_READ_SEARCH. The magic link leads to the inode itself, also to one
+        # that has no name any more or is a symlink.
+        files.linkat(files.AT_FDCWD, self._path(fd), directory.number, newname, files.AT_SYMLINK_FOLLOW)
+        return self._found(above, directory, newname)
+
+    # Removing and moving. Whoever still has the inode in use goes on using it: its descriptor is opened first.
+
+    def unlink(self, caller: Caller, parent: int, name: bytes) -> None:
+        above = self.nodes.get(parent)
+        directory = self.nodes.fd(above)
+        self.nodes.keep(directory, name)
+        self._changing(above, name)
+        os.unlink(name, dir_fd=directory.number)
+
+    def rmdir(self, caller: Caller, parent: int, name: bytes) -> None:
+        above = self.nodes.get(parent)
+        directory = self.nodes.fd(above)
+        self.nodes.keep(directory, name)
+        self._changing(above, name)
+        os.rmdir(name, dir_fd=directory.number)
+
+    def rename(self, caller: Caller, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> None:
+        nodes = self.nodes
+        above, below = nodes.get(parent), nodes.get(newparent)
+        source, target = nodes.fd(above), nodes.fd(below)
+        moved = nodes.at(source, name)
+        self._changing(above, name)
+        self._changing(below, newname)
+        other: Node | None = None
+        if flags & files.RENAME_EXCHANGE:
+            other = nodes.at(target, newname)
+        elif not flags & files.RENAME_NOREPLACE:
+            nodes.keep(target, newname)
+        if flags:
+            person = self._as(caller) if flags & files.RENAME_WHITEOUT else None
+            try:
+                files.renameat2(source.number, name, target.number, newname, flags)
+            finally:
+                if person is not None:
+                    person.leave()
+        else:
+            os.rename(name, newname, src_dir_fd=source.number, dst_dir_fd=target.number)
+        if moved is not None:
+            moved.parent, moved.name = below, newname
+        if other is not None:
+            other.parent, other.name = above, name
+
+    def _umask(self, mask: int) -> Umask:
+        return Umask(self, mask if self.flags & abi.FUSE_DONT_MASK else 0)
+
+
+class Umask:
+    """The umask of this thread alone, for the time of one creation.
+
+    The kernel has applied the caller's already; only with POSIX ACLs, where a directory's default ACL takes its place,
+    that is left to the host. Ours must not be in the way: each worker has one of its own, 0 (unshare(2), CLONE_FS).
+    Where a container forbids that, creations take turns.
+    """
+
+    __slots__ = ("_before", "_lock", "_mask")
+
+    def __init__(self, owner: Names, mask: int) -> None:
+        local = owner._threads
+        if not hasattr(local, "own_umask"):
+            try:
+                files.unshare_fs()
+                local.own_umask = True
+                os.umask(0)
+            except OSError:
+                local.own_umask = False
+        self._lock = None if local.own_umask else owner._umask_lock
+        self._mask = mask
+        self._before = 0
+
+    def __enter__(self) -> None:
+        if self._lock is not None:
+            self._lock.acquire()
+        if self._mask or self._lock is not None:
+            self._before = os.umask(self._mask)
+
+    def __exit__(self, *_: object) -> None:
+        if self._mask or self._lock is not None:
+            os.umask(self._before)
+        if self._lock is not None:
+            self._lock.release()

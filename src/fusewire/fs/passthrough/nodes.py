@@ -1,0 +1,299 @@
+"""What the kernel knows of a host directory: nodes, the descriptors that stand for them, and their budget.
+
+Layer `fs`. A node is known by the identity of its inode (device, inode number, mount), never by a path that the
+client gave. Its O_PATH descriptor is opened when something needs it, from its parent's descriptor and its
+name, and only counts if the identity is the same: a million known files need no million descriptors, and where
+descriptors grow short the ones that were not used lately are closed. A node whose name was removed keeps its
+descriptor. Where the server may (CAP_DAC_READ_SEARCH), a file handle replaces the name: then nothing that happens on
+the host makes a node unreachable.
+
+What is lost against a descriptor per node, as the C servers have it: where somebody on the host moves a file that the
+client has looked up but not used, its next use is answered ESTALE, and the kernel looks the path up again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _thread import allocate_lock
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from fusewire.inodes import InodeTable
+from fusewire.linux import files
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sized
+
+STATUS = files.STATX_BASIC_STATS | files.STATX_BTIME | files.STATX_MNT_ID
+_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHAIN = 4096  # components of a path that is opened anew; PATH_MAX leaves room for no more
+
+
+# The identity of an inode, of a statx. Not its time of birth, which overlayfs changes when it copies a file up.
+identity = itemgetter(files.SX_INO, files.SX_MNT_ID, files.SX_DEV_MINOR, files.SX_DEV_MAJOR)
+
+
+class Fd:
+    """Owns a descriptor, which is closed with the last reference.
+
+    Whoever uses the number holds the object in a local variable meanwhile: neither a FORGET nor a shortage of
+    descriptors can then make the number mean another file under him.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        number, self.number = self.number, -1
+        if number >= 0:
+            os.close(number)
+
+
+class Node:
+    """An inode that the kernel knows: its identity, the last known name, and its descriptor if it has one."""
+
+    __slots__ = (
+        "backing",
+        "fd",
+        "handle",
+        "key",
+        "kind",
+        "mount",
+        "name",
+        "opened",
+        "parent",
+        "pinned",
+        "seen",
+        "used",
+    )
+
+    def __init__(self, key: Hashable, mount: int, kind: int, parent: Node | None, name: bytes) -> None:
+        self.key = key
+        self.mount = mount
+        self.kind = kind  # S_IFMT bits; an inode never changes them
+        self.parent = parent
+        self.name = name
+        self.fd: Fd | None = None
+        self.handle: bytes | None = None
+        self.pinned = False
+        self.used = False
+        self.seen: tuple[int, ...] = ()  # size and mtime when it was opened last: what the page cache holds is of then
+        self.opened = 0
+        self.backing = 0
+
+
+class Nodes:
+    """All nodes of one served directory; `root` is node 1. Safe to use from many threads."""
+
+    def __init__(self, root: int, *, budget: int, handles: bool = False) -> None:
+        """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted."""
+        status = files.statx(root, b"", files.AT_EMPTY_PATH, STATUS)
+        node = Node(identity(status), status[files.SX_MNT_ID], status[files.SX_MODE] & 0o170000, None, b"")
+        node.fd = Fd(root)
+        node.pinned = True
+        self.root = node
+        self.table: InodeTable[Node] = InodeTable(node)
+        self.table.key_root(node.key)
+        self.get = self.table.get
+        self.others: list[Sized] = []  # what else holds a descriptor each, and cannot be closed to make room
+        self._budget = budget
+        self._by_handle = handles
+        self._mounts: dict[int, Fd] = {}
+        self._held: dict[Node, None] = {}  # nodes with a descriptor, the longest held first
+        self._lock = allocate_lock()  # over _held and _mounts, where more than one step belongs together
+
+    def __len__(self) -> int:
+        """How many nodes the kernel knows."""
+        return len(self.table)
+
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors there are."""
+        count = len(self._held)
+        for other in self.others:
+            count += len(other)
+        return count
+
+    def fd(self, node: Node) -> Fd:
+        """Give the node's O_PATH descriptor, to be held in a local variable while its number is used.
+
+        Raises OSError: ESTALE if the inode cannot be reached any more, ENFILE if there are too many open files.
+        """
+        found = node.fd
+        if found is not None:
+            node.used = True
+            return found
+        return self._reopen(node)
+
+    def _reopen(self, node: Node) -> Fd:
+        if node.handle is not None:
+            return self._open_handle(node)
+        chain = []
+        at: Node | None = node
+        fd: Fd | None = None
+        while at is not None and (fd := at.fd) is None:
+            chain.append(at)
+            at = at.parent
+            if len(chain) > _CHAIN:
+                at = None
+        if fd is None:
+            raise OSError(errno.ESTALE, "the file cannot be reached any more", node.name)
+        for at in reversed(chain):
+            try:
+                new = Fd(os.open(at.name, _PATH, dir_fd=fd.number))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise OSError(errno.ESTALE, "the file is no longer where it was", at.name) from error
+                raise self.explain(error) from error
+            if identity(files.statx(new.number, b"", files.AT_EMPTY_PATH, STATUS)) != at.key:
+                raise OSError(errno.ESTALE, "another file is where this one was", at.name)
+            self.hold(at, new)
+            fd = new
+        return fd
+
+    def _open_handle(self, node: Node) -> Fd:
+        assert node.handle is not None
+        with self._lock:
+            mount = self._mounts.get(node.mount)
+        if mount is None:
+            raise OSError(errno.ESTALE, "the mount of the file is gone", node.name)
+        try:
+            new = Fd(files.open_by_handle(mount.number, node.handle, os.O_PATH | os.O_CLOEXEC))
+        except OSError as error:
+            raise self.explain(error) from error
+        self.hold(node, new)
+        return new
+
+    def _remember_handle(self, node: Node, directory: Fd, name: bytes) -> None:
+        """Learn the node's file handle, if its filesystem has them; if not, it goes by name like the others."""
+        try:
+            node.handle, _ = files.name_to_handle(directory.number, name, 0)
+            if node.mount not in self._mounts:
+                opened = Fd(os.open(b"/proc/self/fd/%d" % directory.number, os.O_RDONLY | os.O_CLOEXEC))
+                if files.statx(opened.number, b"", files.AT_EMPTY_PATH, STATUS)[files.SX_MNT_ID] == node.mount:
+                    with self._lock:
+                        self._mounts.setdefault(node.mount, opened)
+                else:
+                    node.handle = None  # the root of a submount: its own descriptor is as good
+        except OSError:
+            node.handle = None
+
+    def hold(self, node: Node, fd: Fd) -> None:
+        """Give a node its descriptor, and make room where there are too many."""
+        node.used = True
+        with self._lock:
+            node.fd = fd
+            self._held[node] = None
+        if self.descriptors > self._budget:
+            self._make_room()
+
+    def pin(self, node: Node, fd: Fd) -> None:
+        """Give a node that has no name the descriptor that it keeps as long as it lives."""
+        node.pinned = True
+        self.hold(node, fd)
+
+    def reserve(self) -> None:
+        """Make room for one more open file. Raises OSError(ENFILE) when everything is in use."""
+        if self.descriptors >= self._budget:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Close descriptors of nodes that were not used lately, a sixteenth of the budget at once."""
+        with self._lock:
+            least = self._budget - max(1, self._budget // 16)
+            chances = 2 * len(self._held)
+            while self.descriptors > least and chances:
+                chances -= 1
+                node = next(iter(self._held), None)
+                if node is None:
+                    break
+                del self._held[node]
+                if node.pinned or node.used:
+                    node.used = False
+                    self._held[node] = None
+                else:
+                    node.fd = None
+            if self.descriptors > self._budget:
+                raise OSError(errno.ENFILE, "too many open files on the server")
+
+    def explain(self, error: OSError) -> OSError:
+        """Turn the server's own lack of descriptors into the client's "too many open files in system"."""
+        if error.errno == errno.EMFILE:
+            return OSError(errno.ENFILE, "too many open files on the server", error.filename)
+        return error
+
+    # Names
+
+    def enter(self, parent: Node, directory: Fd, name: bytes, status: tuple[int, ...]) -> tuple[int, Node]:
+        """Count a lookup of what `name` in `parent` leads to, whose statx is given: (node id, node)."""
+        key = identity(status)
+        kind = status[files.SX_MODE] & 0o170000
+        known = self.table.again(key)
+        if known is not None:
+            nodeid, node = known
+            if node.kind == kind:
+                if node.name != name or node.parent is not parent:
+                    self._renamed(node, parent, name)
+                return known
+            # The inode's number has been given to another file on the host.
+            self.table.detach(nodeid)
+            self.table.forget(nodeid, 1)
+        fresh = Node(key, status[files.SX_MNT_ID], kind, parent, name)
+        nodeid, node = self.table.enter(fresh, key)
+        if node is fresh and self._by_handle:
+            self._remember_handle(node, directory, name)
+        return nodeid, node
+
+    def _renamed(self, node: Node, parent: Node, name: bytes) -> None:
+        if node is not self.root and name:
+            node.parent, node.name = parent, name
+            node.pinned = False
+
+    def _known(self, status: tuple[int, ...]) -> Node | None:
+        nodeid = self.table.find(identity(status))
+        try:
+            return self.table.get(nodeid) if nodeid else None
+        except OSError:  # forgotten this moment
+            return None
+
+    def at(self, directory: Fd, name: bytes) -> Node | None:
+        """Give the node that a name leads to, if the kernel knows it."""
+        try:
+            return self._known(files.statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS))
+        except FileNotFoundError:
+            return None
+
+    def keep(self, directory: Fd, name: bytes) -> None:
+        """Keep what a name leads to reachable, which is about to go."""
+        try:
+            fd = Fd(os.open(name, _PATH, dir_fd=directory.number))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self.explain(error) from error
+        node = self._known(files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS))
+        if node is not None and node is not self.root:
+            if node.fd is None:
+                self.pin(node, fd)
+            node.pinned = True
+
+    def forget(self, nodeid: int, nlookup: int) -> Node | None:
+        """Take lookups back; give the node if those were the last."""
+        node = self.table.forget(nodeid, nlookup)
+        if node is not None and node.fd is not None:
+            with self._lock:
+                self._held.pop(node, None)
+                node.fd = None
+        return node
+
+    def close(self) -> None:
+        """Let go of everything: at the end of the mount."""
+        for node in self.table.drain():
+            node.fd = None
+        with self._lock:
+            self._held.clear()
+            self._mounts.clear()
+        self.root.fd = None
