@@ -1,8 +1,6 @@
-"""Public fakes for tests of filesystems, and the list of behaviours that every one of them has to show.
+"""The kernel's side of a mount, in process: `FakeKernel` drives a session as bytes and judges every reply.
 
-Layer `testing`, above everything but the command line; nothing that serves a mount imports it. `FakeKernel` drives a
-session as bytes and judges each reply as fuse_dev_do_write (fs/fuse/dev.c) does; `READ_ONLY` holds checks for a
-directory that is mounted for real. Long because it has one method per operation and one function per behaviour.
+Layer `testing`. It mounts nothing. Long because it has one method per operation.
 """
 
 from __future__ import annotations
@@ -11,31 +9,34 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fusewire.adapters import FileReply, Reply
+from fusewire.adapters import Reply
 from fusewire.ops import Attr, Entry, Lock, Setattr, Statfs
 from fusewire.session import Session
+from fusewire.testing.replies import (
+    BY_CODE,
+    BY_NAME,
+    OFFERED,
+    BadReply,
+    Dirent,
+    as_attr,
+    body_of,
+    check_reply,
+    flatten,
+    parse_dirents,
+    parse_entry,
+    request,
+    title,
+)
 from fusewire.wire import abi, codec
-from fusewire.wire.table import TABLE, Op, layout
+from fusewire.wire.table import layout
 
-OFFERED = 0x73FFFFFB | 0x5FD << 32
-"""The INIT flags that Linux 6.18 offers to a mount in a user namespace."""
-
-_BY_NAME = {op.name: op for op in TABLE}
-_BY_CODE = {op.code: op for op in TABLE}
 _INIT_OUT = layout("fuse_init_out")
-# Sizes of replies that are of one size; the others are bounded by the request (out_argvar in fs/fuse).
-_SIZES = {"none": 0, "entry": 128, "attr": 104, "open": 16, "create": 144, "count": 8, "u64": 8, "statfs": 80}
-_SIZES |= {"lock": 24, "poll": 8, "statx": 288}
 _PATIENCE = 30.0
 # How many INIT flags there were before a minor.
 _BITS_BEFORE = ((27, 21), (28, 22), (29, 24), (30, 25), (31, 26), (32, 27), (33, 28), (36, 30))
-
-
-class BadReply(AssertionError):  # noqa: N818 - a verdict, as BadRequest is
-    """A reply that the kernel would refuse, or that must not be: a fault of the server's."""
 
 
 class InitReply(NamedTuple):
@@ -53,140 +54,6 @@ class InitReply(NamedTuple):
     map_alignment: int
     max_stack_depth: int
     request_timeout: int
-
-
-class Dirent(NamedTuple):
-    """One directory entry; `entry` is there in a READDIRPLUS reply whose entry was looked up."""
-
-    name: bytes
-    ino: int
-    cookie: int
-    dtype: int
-    entry: Entry | None = None
-
-
-def request(
-    opcode: int,
-    nodeid: int,
-    body: bytes = b"",
-    *,
-    unique: int = 2,
-    uid: int = 0,
-    gid: int = 0,
-    pid: int = 1,
-    extlen: int = 0,
-) -> bytes:
-    """Give a whole request: fuse_in_header and `body`."""
-    return codec.IN_HEADER.pack(40 + len(body), opcode, unique, nodeid, uid, gid, pid, extlen) + body
-
-
-def body_of(name: str, *fields: int, names: Iterable[bytes] = (), tail: bytes = b"") -> bytes:
-    """Give an operation's body: its struct of the table filled with `fields`, the names each with a NUL, the tail."""
-    op = _BY_NAME[name]
-    fixed = layout(op.args).pack(*fields) if op.args else b""
-    return fixed + b"".join(item + b"\0" for item in names) + tail
-
-
-def flatten(reply: Reply) -> bytes | None:
-    """Give a reply as the bytes that a transport would write; the data of a `FileReply` is read."""
-    if reply is None:
-        return None
-    if isinstance(reply, FileReply):
-        data = os.pread(reply.range.fd, reply.range.size, reply.range.offset)
-        return codec.OUT_HEADER.pack(16 + len(data), 0, reply.unique) + data
-    return b"".join(bytes(memoryview(part)) for part in reply)
-
-
-def check_reply(sent: bytes, reply: Reply) -> tuple[int, bytes]:
-    """Judge a reply to the request `sent` as the kernel would; give its errno (0 for success) and its body.
-
-    Raises BadReply for what the kernel would refuse with EINVAL, and for an answer where none may be or is due.
-    """
-    _, opcode, unique, *_ = codec.IN_HEADER.unpack_from(sent)
-    op = _BY_CODE.get(opcode)
-    message = flatten(reply)
-    if message is None:
-        if op is None or op.reply:
-            raise BadReply(f"{_title(opcode)} got no reply")
-        return 0, b""
-    if op is not None and not op.reply and opcode != abi.FUSE_INTERRUPT:
-        raise BadReply(f"{_title(opcode)} got a reply, and must not")
-    if len(message) < 16:
-        raise BadReply(f"{_title(opcode)}: a reply of {len(message)} bytes has no header")
-    length, error, answered = codec.OUT_HEADER.unpack_from(message)
-    body = message[16:]
-    if length != len(message):
-        raise BadReply(f"{_title(opcode)}: the header says {length} bytes, the reply has {len(message)}")
-    if answered != unique:
-        raise BadReply(f"{_title(opcode)}: request {unique:#x} was answered as {answered:#x}")
-    if not -512 < error <= 0:
-        raise BadReply(f"{_title(opcode)}: error {error} is out of range")
-    if error and body:
-        raise BadReply(f"{_title(opcode)}: an error with {len(body)} bytes of data")
-    if opcode == abi.FUSE_INTERRUPT and error not in (-errno.ENOSYS, -errno.EAGAIN):
-        raise BadReply(f"INTERRUPT: answered {error}")
-    if not error and op is not None:
-        least, most = _bounds(op, sent)
-        if not least <= len(body) <= most:
-            raise BadReply(f"{_title(opcode)}: a body of {len(body)} bytes where {least} to {most} are right")
-    return -error, body
-
-
-def _title(opcode: int) -> str:
-    op = _BY_CODE.get(opcode)
-    return op.name.upper() if op is not None else f"opcode {opcode}"
-
-
-def _bounds(op: Op, sent: bytes) -> tuple[int, int]:
-    def u32(offset: int) -> int:
-        return int(codec.U32.unpack_from(sent, offset)[0])
-
-    if op.reply == "data":
-        return 0, u32(56)
-    if op.reply == "xattr":
-        return (0, u32(40)) if u32(40) else (8, 8)
-    if op.reply == "link":
-        return 1, os.sysconf("SC_PAGE_SIZE") - 1
-    if op.reply == "ioctl":
-        return 16, 16 + u32(68)
-    if op.reply == "init":
-        return 8, 64
-    size = _SIZES[op.reply]
-    return size, size
-
-
-def parse_entry(body: bytes) -> Entry:
-    """Give a fuse_entry_out as the `Entry` that it was made of."""
-    nodeid, generation, es, as_, en, an, *attr = codec.ENTRY_OUT.unpack_from(body)
-    return Entry(nodeid, _attr(attr), es + en / 1e9, as_ + an / 1e9, generation)
-
-
-def _attr(fields: Sequence[Any]) -> Attr:
-    attr: Attr = tuple(fields)
-    return attr
-
-
-def parse_dirents(body: bytes, *, plus: bool = False) -> list[Dirent]:
-    """Cut a READDIR or READDIRPLUS body into entries, as fuse_parse_dirfile does: a cut-off last one is dropped.
-
-    Raises BadReply for what makes the kernel answer EIO: an empty or too long name, or one with "/".
-    """
-    found = []
-    position = 0
-    while position + (152 if plus else 24) <= len(body):
-        entry = parse_entry(body[position : position + 128]) if plus else None
-        start = position + (128 if plus else 0)
-        ino, cookie, length, dtype = codec.DIRENT.unpack_from(body, start)
-        name = body[start + 24 : start + 24 + length]
-        if not 0 < length <= 1024:
-            raise BadReply(f"a directory entry's name is {length} bytes long")
-        position = start + 24 + length + (-length & 7)
-        if position > len(body):
-            break
-        if b"/" in name:
-            raise BadReply(f"a directory entry is named {name!r}")
-        found.append(Dirent(name, ino, cookie, dtype, entry if entry is not None and entry.nodeid else None))
-    return found
 
 
 class FakeKernel:
@@ -235,11 +102,11 @@ class FakeKernel:
         with self._condition:
             self._waiting[unique] = sent
         reply = self.session.handle(memoryview(sent))
-        op = _BY_CODE.get(opcode)
+        op = BY_CODE.get(opcode)
         if reply is not None or (op is not None and not op.reply):
             with self._condition:
                 if unique in self._late:
-                    raise BadReply(f"{_title(opcode)} was answered twice")
+                    raise BadReply(f"{title(opcode)} was answered twice")
                 self._late[unique] = reply
         return unique
 
@@ -255,7 +122,7 @@ class FakeKernel:
             sent, reply = self._waiting.pop(unique), self._late.pop(unique)
         error, body = check_reply(sent, reply)
         if error:
-            raise OSError(error, os.strerror(error), _title(codec.IN_HEADER.unpack_from(sent)[1]))
+            raise OSError(error, os.strerror(error), title(codec.IN_HEADER.unpack_from(sent)[1]))
         return body
 
     def raw(self, opcode: int, nodeid: int, body: bytes = b"", *, extlen: int = 0) -> bytes:
@@ -266,7 +133,7 @@ class FakeKernel:
         self, name: str, nodeid: int, *fields: int, names: Iterable[bytes] = (), tail: bytes = b"", extlen: int = 0
     ) -> bytes:
         """Send an operation by its name in the table; `fields` fill its struct."""
-        return self.raw(_BY_NAME[name].code, nodeid, body_of(name, *fields, names=names, tail=tail), extlen=extlen)
+        return self.raw(BY_NAME[name].code, nodeid, body_of(name, *fields, names=names, tail=tail), extlen=extlen)
 
     # Life
 
@@ -370,7 +237,7 @@ class FakeKernel:
     @staticmethod
     def _attributes(body: bytes) -> tuple[Attr, float]:
         seconds, nano, *attr = codec.ATTR_OUT.unpack(body)
-        return _attr(attr), seconds + nano / 1e9
+        return as_attr(attr), seconds + nano / 1e9
 
     def setattr(self, nodeid: int, valid: int, **fields: int) -> tuple[Attr, float]:
         """Change what `valid` (FATTR_*) names; fields as in `ops.Setattr`."""
@@ -606,169 +473,3 @@ class FakeKernel:
             yield below, entry
             if stat.S_ISDIR(entry.attr[9]):
                 yield from self.walk(entry.nodeid, below)
-
-
-# Behaviours of a directory that is really mounted. Each takes its path, and raises AssertionError, or OSError for what
-# should have worked. They change nothing and need nothing to be in the tree; the more is in it, the more they see.
-
-
-def _fails(number: int, function: Callable[..., Any], *args: Any) -> None:
-    got = 0
-    try:
-        function(*args)
-    except OSError as error:
-        got = error.errno or 0
-    assert got == number, f"{args}: {errno.errorcode.get(got, 'success')} instead of {errno.errorcode[number]}"
-
-
-def _some(root: str, wanted: Callable[[int], bool], limit: int = 20) -> list[str]:
-    found = []
-    for directory, directories, files in os.walk(root):
-        for name in [*directories, *files]:
-            path = os.path.join(directory, name)
-            if wanted(os.lstat(path).st_mode):
-                found.append(path)
-                if len(found) == limit:
-                    return found
-    return found
-
-
-def _root_is_a_directory(root: str) -> None:
-    status = os.stat(root)
-    assert stat.S_ISDIR(status.st_mode)
-    assert status.st_nlink >= 1
-
-
-def _missing_name_is_enoent(root: str) -> None:
-    for _ in range(2):  # the second time from the cache
-        _fails(errno.ENOENT, os.stat, os.path.join(root, "no such name"))
-
-
-def _name_of_255_bytes_is_looked_up(root: str) -> None:
-    _fails(errno.ENOENT, os.stat, os.path.join(root, "n" * 255))
-
-
-def _name_of_256_bytes_is_enametoolong(root: str) -> None:
-    _fails(errno.ENAMETOOLONG, os.stat, os.path.join(root, "n" * 256))
-
-
-def _listing_has_each_name_once(root: str) -> None:
-    for directory in [root, *_some(root, stat.S_ISDIR)]:
-        names = os.listdir(directory)
-        assert len(set(names)) == len(names)
-        assert sorted(names) == sorted(os.listdir(directory))
-        assert not {".", ".."} & set(names)
-
-
-def _listed_names_can_be_looked_up(root: str) -> None:
-    for directory in [root, *_some(root, stat.S_ISDIR)]:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                status = os.lstat(entry.path)
-                assert entry.inode() == status.st_ino
-                assert entry.is_dir(follow_symlinks=False) == stat.S_ISDIR(status.st_mode)
-                assert entry.is_file(follow_symlinks=False) == stat.S_ISREG(status.st_mode)
-                assert entry.is_symlink() == stat.S_ISLNK(status.st_mode)
-
-
-def _dotdot_leads_back(root: str) -> None:
-    for directory in _some(root, stat.S_ISDIR):
-        assert os.path.samefile(os.path.join(directory, ".."), os.path.dirname(directory))
-        assert os.path.samefile(os.path.join(directory, "."), directory)
-
-
-def _file_has_as_many_bytes_as_it_says(root: str) -> None:
-    for path in _some(root, stat.S_ISREG):
-        with open(path, "rb") as file:
-            size = 0
-            while part := file.read(1 << 20):
-                size += len(part)
-        assert size == os.stat(path).st_size
-
-
-def _reads_at_odd_places_agree(root: str) -> None:
-    for path in _some(root, stat.S_ISREG):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            if size > 1 << 24:
-                continue
-            whole = os.pread(fd, size, 0)
-            for offset in {0, 1, 4095, 4096, 4097, size // 2, max(0, size - 1), size}:
-                assert os.pread(fd, 5000, offset) == whole[offset : offset + 5000]
-        finally:
-            os.close(fd)
-
-
-def _read_past_the_end_is_empty(root: str) -> None:
-    for path in _some(root, stat.S_ISREG):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            size = os.fstat(fd).st_size
-            assert os.pread(fd, 100, size) == b""
-            assert os.pread(fd, 100, size + (1 << 32)) == b""
-        finally:
-            os.close(fd)
-
-
-def _file_is_no_directory(root: str) -> None:
-    for path in _some(root, stat.S_ISREG, 3):
-        _fails(errno.ENOTDIR, os.stat, path + "/name")
-        _fails(errno.ENOTDIR, os.listdir, path)
-
-
-def _directory_cannot_be_read_as_a_file(root: str) -> None:
-    fd = os.open(root, os.O_RDONLY)
-    try:
-        _fails(errno.EISDIR, os.read, fd, 1)
-    finally:
-        os.close(fd)
-
-
-def _symlink_is_as_long_as_it_says(root: str) -> None:
-    for path in _some(root, stat.S_ISLNK):
-        target = os.fsencode(os.readlink(path))
-        assert target
-        assert len(target) == os.lstat(path).st_size
-
-
-def _statistics_are_given(root: str) -> None:
-    status = os.statvfs(root)
-    assert status.f_namemax >= 1
-    assert status.f_bsize >= 1
-
-
-def _changes_are_refused(root: str) -> None:
-    path = os.path.join(root, "new")
-    _fails(errno.EROFS, os.mkdir, path)
-    _fails(errno.EROFS, os.symlink, "x", path)
-    _fails(errno.EROFS, os.open, path, os.O_CREAT | os.O_WRONLY)
-    _fails(errno.EROFS, os.chmod, root, 0o700)
-    for file in _some(root, stat.S_ISREG, 1):
-        _fails(errno.EROFS, os.open, file, os.O_WRONLY)
-        _fails(errno.EROFS, os.unlink, file)
-        _fails(errno.EROFS, os.truncate, file, 0)
-        _fails(errno.EROFS, os.rename, file, path)
-
-
-READ_ONLY: dict[str, Callable[[str], None]] = {
-    function.__name__[1:]: function
-    for function in (
-        _root_is_a_directory,
-        _missing_name_is_enoent,
-        _name_of_255_bytes_is_looked_up,
-        _name_of_256_bytes_is_enametoolong,
-        _listing_has_each_name_once,
-        _listed_names_can_be_looked_up,
-        _dotdot_leads_back,
-        _file_has_as_many_bytes_as_it_says,
-        _reads_at_odd_places_agree,
-        _read_past_the_end_is_empty,
-        _file_is_no_directory,
-        _directory_cannot_be_read_as_a_file,
-        _symlink_is_as_long_as_it_says,
-        _statistics_are_given,
-        _changes_are_refused,
-    )
-}
-"""Name -> check of a directory mounted read-only."""
