@@ -180,16 +180,16 @@ def test_map_leads_back(number: int, guest: int, host: int, count: int) -> None:
 
 
 def test_a_namespace_of_one_id_shows_every_file_as_its_own() -> None:
-    ids = parse_translations(namespace_rules("         0       1000          1\n", 0))
+    ids = parse_translations(namespace_rules([(0, 1000, 1)], 0))
     assert [ids.to_guest(number) for number in (0, 999, 1000, 1001, 65534, 4294967294)] == [0] * 6
     assert ids.to_host(0) == 1000
 
 
 def test_ranges_of_a_namespace_map_one_to_one_and_the_rest_is_its_own() -> None:
-    ids = parse_translations(namespace_rules("0 1000 1\n1 100000 65536\n", 0))
+    ids = parse_translations(namespace_rules([(0, 1000, 1), (1, 100000, 65536)], 0))
     assert [ids.to_guest(number) for number in (1000, 100000, 165535, 165536, 0)] == [0, 1, 65536, 0, 0]
     assert [ids.to_host(number) for number in (0, 1, 65536)] == [1000, 100000, 165535]
 
 
 def test_the_first_namespace_needs_no_translation() -> None:
-    assert namespace_rules("0 0 4294967295\n", 0) == ()
+    assert namespace_rules([(0, 0, 4294967295)], 0) == ()

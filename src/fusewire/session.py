@@ -29,6 +29,30 @@ _CHANGING = frozenset(
     {"setattr", "symlink", "mknod", "mkdir", "unlink", "rmdir", "rename", "rename2", "link", "write", "setxattr"}
     | {"removexattr", "create", "tmpfile", "fallocate", "copy_file_range", "copy_file_range_64"}
 )
+# open(2)'s access mode, and what empties a file; access(2)'s W_OK: as every Linux machine but alpha and mips has them.
+_O_ACCMODE, _O_TRUNC, _W_OK = 3, 0o1000, 2
+
+
+def _open_for_reading(handler: Any) -> Any:
+    def checked(caller: Caller, nodeid: int, flags: int, open_flags: int) -> Any:
+        if flags & (_O_ACCMODE | _O_TRUNC):
+            raise OSError(errno.EROFS, "the filesystem is read-only", nodeid)
+        return handler(caller, nodeid, flags, open_flags)
+
+    return checked
+
+
+def _access_for_reading(handler: Any) -> Any:
+    def checked(caller: Caller, nodeid: int, mask: int) -> Any:
+        if mask & _W_OK:
+            raise OSError(errno.EROFS, "the filesystem is read-only", nodeid)
+        return handler(caller, nodeid, mask)
+
+    return checked
+
+
+# Requests that a filesystem which says that it is read_only may serve, in part.
+_WATCHED = {"open": _open_for_reading, "access": _access_for_reading}
 # Requests whose answer without a handler is success, because they only end something.
 _ENDING = frozenset({"release", "releasedir", "destroy"})
 # fuse_init_in was 16 bytes long before 7.36: the only struct that a kernel of our minors may send shorter.
@@ -182,6 +206,8 @@ class Session:
             return
         elif self._offers(_METHOD_OF.get(name, name)):
             handler = getattr(self.operations, _METHOD_OF.get(name, name))
+            if self.operations.read_only and name in _WATCHED:
+                handler = _WATCHED[name](handler)
         else:
             if name in _ENDING:
                 self._refusals[code] = 0

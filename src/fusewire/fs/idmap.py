@@ -118,18 +118,16 @@ def parse_translations(rules: Iterable[str]) -> IdMap:
     return IdMap(guest, host)
 
 
-def namespace_rules(text: str, own: int) -> tuple[str, ...]:
-    """Give the rules for a mount of another user namespace, from its uid_map or gid_map as it is read from here.
+def namespace_rules(ranges: Iterable[tuple[int, ...]], own: int) -> tuple[str, ...]:
+    """Give the rules for a mount of another user namespace, from its map: (id inside, id as seen from here, count).
 
-    An id of the host that the namespace does not have is shown as `own`, an id inside: the kernel lets nobody write to
-    a file whose owner it cannot name (inode_permission, EACCES), whoever the host would let write to it.
-    user_namespaces(7) describes the lines. () if nothing is to be translated.
+    An id that the namespace does not have is shown as `own`, an id inside: the kernel lets nobody write to a file
+    whose owner it cannot name (inode_permission, EACCES), whoever the host would let write to it.
+    user_namespaces(7) describes the map. () if nothing is to be translated.
     """
-    ranges = sorted(
-        (int(outside), int(inside), int(count)) for inside, outside, count in map(str.split, text.splitlines())
-    )
+    ordered = sorted((outside, inside, count) for inside, outside, count in ranges)
     rules, at = [], 0
-    for outside, inside, count in ranges:
+    for outside, inside, count in ordered:
         if outside > at:
             rules.append(f"squash-host:{at}:{own}:{outside - at}")
         count = min(count, _END - max(inside, outside))

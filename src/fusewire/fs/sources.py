@@ -74,7 +74,9 @@ def _open_directory(fd: int, source: str, options: SourceOptions) -> Operations:
         for name in ("entry_timeout", "attr_timeout", "negative_timeout"):
             if getattr(options, name) is not None:
                 said[name] = getattr(options, name)
-        return Passthrough(fd, Config(**said))
+        filesystem = Passthrough(fd, Config(**said))
+        filesystem.read_only = options.read_only
+        return filesystem
     except ValueError as error:
         os.close(fd)
         raise OSError(errno.EINVAL, f"{source}: {error}") from error

@@ -10,6 +10,7 @@ import errno
 import os
 
 from fusewire.linux import files
+from fusewire.linux.userns import in_first_namespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _CAP_SETGID = 6  # <linux/capability.h>
 _CAP_SETUID = 7
+_CAP_SYS_ADMIN = 21
 _BOTH = 1 << _CAP_SETGID | 1 << _CAP_SETUID
 _STATUS_SIZE = 16384  # bytes; what /proc/PID/status has without thousands of groups
 
@@ -60,6 +62,11 @@ def can_switch() -> bool:
             return word.read().strip() == b"allow"
     except FileNotFoundError:  # a kernel without user namespaces: all ids are there
         return True
+
+
+def may_administer() -> bool:
+    """True if this thread has CAP_SYS_ADMIN in the first user namespace: trusted xattrs and backing files need it."""
+    return bool(files.effective_capabilities() >> _CAP_SYS_ADMIN & 1) and in_first_namespace()
 
 
 class AsCaller:

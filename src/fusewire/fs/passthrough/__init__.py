@@ -42,10 +42,11 @@ class Passthrough(Directories, Ioctls, Data):
             want |= abi.FUSE_POSIX_ACL | abi.FUSE_DONT_MASK
         if config.security_label:
             want |= abi.FUSE_SECURITY_CTX
-        if config.killpriv_v2:
-            want |= abi.FUSE_HANDLE_KILLPRIV_V2
-        if config.passthrough:
+        if self._backs:
+            # Writes that never reach us cannot clear set-user-ID bits here: that is left to the kernel then.
             want |= abi.FUSE_PASSTHROUGH
+        elif config.killpriv_v2:
+            want |= abi.FUSE_HANDLE_KILLPRIV_V2
         if config.allow_mmap:
             want |= abi.FUSE_DIRECT_IO_ALLOW_MMAP
         return want

@@ -112,7 +112,8 @@ class Attributes(Base):
         if opened is not None:
             os.ftruncate(opened.fd.number, size)
         else:
-            os.ftruncate(self._reopen(node, os.O_WRONLY | os.O_NONBLOCK).number, size)
+            fd = self._reopen(node, os.O_WRONLY | os.O_NONBLOCK)
+            os.ftruncate(fd.number, size)
         self._clear_capability(node)
 
     def _utimens(self, fd: int, access: tuple[int, int], modified: tuple[int, int]) -> None:
@@ -153,8 +154,9 @@ class Attributes(Base):
             return
         if name == _CAPABILITY:
             return
+        fd = self.nodes.fd(node)
         try:
-            os.removexattr(self._path(self.nodes.fd(node)), name)
+            os.removexattr(self._path(fd), name)
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
                 raise
@@ -166,7 +168,8 @@ class Attributes(Base):
             raise PermissionError(errno.EACCES, "permission denied", nodeid)
 
     def statfs(self, nodeid: int) -> Statfs:
-        found = os.statvfs(self.nodes.fd(self.nodes.get(nodeid)).number)
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        found = os.statvfs(fd.number)
         return Statfs(
             blocks=found.f_blocks,
             bfree=found.f_bfree,
@@ -192,14 +195,19 @@ class Attributes(Base):
             host = self._host_name(name)
         except PermissionError:  # a name that the rules forbid: to who only reads, it is not there
             raise OSError(errno.ENODATA, "no such attribute", name) from None
-        return os.getxattr(self._path(self.nodes.fd(self.nodes.get(nodeid))), host)
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        return os.getxattr(self._path(fd), host)
 
     def listxattr(self, caller: Caller, nodeid: int) -> bytes:
         if not self.config.xattr:
             raise OSError(errno.ENOSYS, "extended attributes are switched off")
-        names = [os.fsencode(name) for name in os.listxattr(self._path(self.nodes.fd(self.nodes.get(nodeid))))]
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        names = [os.fsencode(name) for name in os.listxattr(self._path(fd))]
         if not self.flags & abi.FUSE_POSIX_ACL:
             names = [name for name in names if not name.startswith(_ACL)]
+        if caller.uid or not self._trusted:
+            # xattr(7): visible to CAP_SYS_ADMIN of the first namespace only. The server may see them for somebody else.
+            names = [name for name in names if not name.startswith(b"trusted.")]
         if self._xattrs is not None:
             names = [seen for name in names if (seen := self._xattrs.to_client(name)) is not None]
         return b"".join(name + b"\0" for name in names)
@@ -208,6 +216,8 @@ class Attributes(Base):
         host = self._host_name(name)
         node = self.nodes.get(nodeid)
         fd = self.nodes.fd(node)
+        if flags > os.XATTR_CREATE | os.XATTR_REPLACE:
+            raise OSError(errno.EINVAL, "unknown flags of setxattr", hex(flags))
         os.setxattr(self._path(fd), host, value, flags)
         if setxattr_flags & abi.FUSE_SETXATTR_ACL_KILL_SGID:
             mode = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)[files.SX_MODE]
@@ -216,4 +226,5 @@ class Attributes(Base):
 
     def removexattr(self, caller: Caller, nodeid: int, name: bytes) -> None:
         host = self._host_name(name)
-        os.removexattr(self._path(self.nodes.fd(self.nodes.get(nodeid))), host)
+        fd = self.nodes.fd(self.nodes.get(nodeid))
+        os.removexattr(self._path(fd), host)

@@ -8,7 +8,6 @@ kernel answers EIO otherwise), so an inode has one backing file as long as anybo
 from __future__ import annotations
 
 import errno
-import os
 from _thread import allocate_lock
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ class Backing(Base):
 
     def __init__(self, source: int, config: Config) -> None:
         super().__init__(source, config)
-        self._backs = config.passthrough
+        self._backs = config.passthrough and self._trusted
         self._backing_lock = allocate_lock()  # over `opened` and `backing` of every node
 
     def init(self, connection: Connection) -> None:
@@ -38,25 +37,22 @@ class Backing(Base):
             self._backs = False
 
     def _backing_of(self, node: Node, fd: Fd) -> int:
-        """Count an open of a node, and give its backing id, or 0 if the file is served by us."""
+        """Count an open of a node, and give its backing id, or 0 if the file is served by us.
+
+        In which way `fd` is open does not matter: the kernel opens the file once more for each of its users
+        (fuse_passthrough_open), as the server and with the user's flags.
+        """
         if not self._backs:
             return 0
         with self._backing_lock:
             node.opened += 1
             if node.opened == 1 and self._connection is not None:
-                # Of a descriptor for both reading and writing: others will open the file in other ways.
                 try:
-                    both = os.open(self._path(fd), os.O_RDWR | os.O_CLOEXEC)
-                except OSError:
-                    both = os.open(self._path(fd), os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    node.backing = self._connection.backing_open(both)
+                    node.backing = self._connection.backing_open(fd.number)
                 except OSError as error:
                     if error.errno in _NEVER:
                         self._backs = False
                     node.backing = 0
-                finally:
-                    os.close(both)
             return node.backing
 
     def _backing_end(self, node: Node) -> None:

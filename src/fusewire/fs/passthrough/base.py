@@ -38,7 +38,7 @@ EntryTuple = tuple[int, "Attr", float, float, int]
 class Handle:
     """An open file or directory: its descriptor, its node, and what a directory's listing has read ahead."""
 
-    __slots__ = ("cookie", "fd", "flags", "lock", "node", "pending")
+    __slots__ = ("cookie", "ended", "fd", "flags", "lock", "node", "owners", "pending")
 
     def __init__(self, node: Node, fd: Fd, flags: int) -> None:
         self.node = node
@@ -48,6 +48,8 @@ class Handle:
         self.pending: list[tuple[bytes, int, int, int]] = []
         self.cookie = 0
         self.lock: Any = None
+        self.owners: set[int] | None = None  # lock owners that have taken POSIX or OFD locks by it
+        self.ended = False  # no lock is taken by it any more
 
 
 def attributes(status: tuple[int, ...], uid: int, gid: int, flags: int = 0) -> Attr:
@@ -97,6 +99,7 @@ class Base(Operations):
         self._xattrs = XattrMap.parse(config.xattrmap) if config.xattrmap else None
         self._switch = credentials.can_switch() if config.switch_ids is None else config.switch_ids
         self._own_uid, self._own_gid = os.geteuid(), os.getegid()
+        self._trusted = credentials.may_administer()
         # What may fail comes before this: from here on `source` is ours.
         by_handle = self._choose_handles(source)
         self.nodes = Nodes(source, budget=config.fd_budget or _budget(), handles=by_handle)
@@ -128,16 +131,17 @@ class Base(Operations):
         return True
 
     def serve_namespace(self, pid: int) -> None:
-        """Speak the ids of the user namespace of process `pid`, which the mount is in, if it is not the server's own.
+        """Speak the ids of the user namespace of process `pid`, which the mount is in.
 
         Rules that were given count instead. Raises OSError if the process is gone.
         """
+        inside = os.readlink(f"/proc/{pid}/ns/user") == os.readlink("/proc/self/ns/user")
         if self._uids is None:
             with open(f"/proc/{pid}/uid_map") as lines:
-                self._uids = _translation(lines.read(), os.geteuid())
+                self._uids = _translation(lines.read(), os.geteuid(), inside)
         if self._gids is None:
             with open(f"/proc/{pid}/gid_map") as lines:
-                self._gids = _translation(lines.read(), os.getegid())
+                self._gids = _translation(lines.read(), os.getegid(), inside)
 
     def init(self, connection: Connection) -> None:
         self._connection = connection
@@ -161,13 +165,13 @@ class Base(Operations):
         fd = node.fd
         if fd is None:
             parent = node.parent
-            if node.handle is None and parent is not None and parent.fd is not None:
-                above = parent.fd
+            above = parent.fd if parent is not None else None  # once: another thread may close it for want of room
+            if node.handle is None and above is not None:
                 try:
                     status = files.statx(above.number, node.name, files.AT_SYMLINK_NOFOLLOW, STATUS)
                 except FileNotFoundError:
                     status = ()
-                if status and identity(status) == node.key:
+                if status and identity(status) == node.key and status[files.SX_MODE] & S_IFMT == node.kind:
                     return status
             fd = self.nodes.fd(node)
         return files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
@@ -194,7 +198,10 @@ class Base(Operations):
         return self._entry(parent, directory, name, status)
 
     def _path(self, fd: Fd) -> bytes:
-        """Give the path under /proc that leads to what an O_PATH descriptor stands for, whatever its name is now."""
+        """Give the path under /proc that leads to what an O_PATH descriptor stands for, whatever its name is now.
+
+        It holds a number only: the caller has `fd` in a local variable as long as he uses the path.
+        """
         return b"%s%d" % (self._proc, fd.number)
 
     def _reopen(self, node: Node, flags: int) -> Fd:
@@ -209,7 +216,7 @@ class Base(Operations):
         try:
             return Fd(os.open(self._path(fd), flags & ~(os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC))
         except OSError as error:
-            raise self.nodes.explain(error) from error
+            raise self.nodes.explain(error) from None
 
     # Who asks
 
@@ -242,11 +249,14 @@ class Base(Operations):
         return person
 
 
-def _translation(text: str, own: int) -> IdMap | None:
-    for line in text.splitlines():
-        inside, outside, count = map(int, line.split())
+def _translation(text: str, own: int, inside: bool) -> IdMap | None:
+    """Make the translation of a namespace's map; `inside`: what the server sees are that namespace's ids already."""
+    ranges = [tuple(map(int, line.split())) for line in text.splitlines()]
+    if inside:
+        ranges = [(first, first, count) for first, _, count in ranges]
+    for first, outside, count in ranges:
         if outside <= own < outside + count:
-            rules = namespace_rules(text, inside + own - outside)
+            rules = namespace_rules(ranges, first + own - outside)
             return parse_translations(rules) if rules else None
     return None
 

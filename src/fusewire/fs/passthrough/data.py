@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.attributes import Attributes
 from fusewire.fs.passthrough.backing import Backing
-from fusewire.fs.passthrough.base import S_IFDIR, Handle
+from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, S_IFREG, Handle
 from fusewire.fs.passthrough.locks import Locks
 from fusewire.fs.passthrough.names import Names
 from fusewire.fs.passthrough.nodes import STATUS, Fd
@@ -36,9 +36,9 @@ class Data(Locks, Backing, Names, Attributes):
 
     def _flags(self, flags: int) -> int:
         """Give the flags to open the host's file with."""
-        flags &= _KEPT
-        if not self.config.allow_direct_io:
-            flags &= ~os.O_DIRECT
+        # O_DIRECT ends at the client's kernel, which keeps nothing then (FOPEN_DIRECT_IO): the host would refuse
+        # (EINVAL) the memory that requests come in and answers go out of: it is not aligned as a disk wants it.
+        flags &= _KEPT & ~os.O_DIRECT
         if self.flags & abi.FUSE_WRITEBACK_CACHE:
             # The kernel reads what it is to complete before it writes, and knows where the end is.
             if flags & os.O_ACCMODE == os.O_WRONLY:
@@ -73,7 +73,9 @@ class Data(Locks, Backing, Names, Attributes):
             raise IsADirectoryError(errno.EISDIR, "is a directory", node.name)
         fd = self._reopen(node, self._flags(flags))
         if flags & os.O_TRUNC:
-            if open_flags & abi.FUSE_OPEN_KILL_SUIDGID:
+            # Without HANDLE_KILLPRIV_V2 the kernel clears set-user-ID bits itself, but not here (fuse_open).
+            told = self.flags & abi.FUSE_HANDLE_KILLPRIV_V2
+            if open_flags & abi.FUSE_OPEN_KILL_SUIDGID if told else caller.uid:
                 self._drop_privileges(node)
             else:
                 self._clear_capability(node)
@@ -99,6 +101,9 @@ class Data(Locks, Backing, Names, Attributes):
             # Somebody on the host was quicker. What there is now is opened like anything else that is found.
             entry = self._found(above, directory, name)
             try:
+                if entry[1][9] & S_IFMT not in (S_IFREG, S_IFDIR):
+                    # A symlink or a FIFO is for the client's kernel to resolve or open: it looks the name up again.
+                    raise OSError(errno.ESTALE, "there is something else by that name now", name)
                 return entry, self.open(caller, entry[0], flags, open_flags)
             except BaseException:
                 self.nodes.forget(entry[0], 1)
@@ -106,11 +111,15 @@ class Data(Locks, Backing, Names, Attributes):
         except OSError as error:
             for number in made:
                 os.close(number)
-            raise self.nodes.explain(error) from error
+            raise self.nodes.explain(error) from None
         fd = Fd(made[0])
         status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
         entry = self._entry(above, directory, name, status)
-        return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
+        try:
+            return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
+        except BaseException:
+            self.nodes.forget(entry[0], 1)  # the kernel hears of an error only
+            raise
 
     def tmpfile(  # type: ignore[override]
         self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
@@ -124,19 +133,23 @@ class Data(Locks, Backing, Names, Attributes):
             with self._umask(umask):
                 fd = Fd(os.open(b".", how, mode & 0o7777, dir_fd=directory.number))
         except OSError as error:
-            raise self.nodes.explain(error) from error
+            raise self.nodes.explain(error) from None
         finally:
             if person is not None:
                 person.leave()
         status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
         entry = self._entry(above, directory, b"", status)
-        node = self.nodes.get(entry[0])
-        self.nodes.pin(node, Fd(os.open(self._path(fd), os.O_PATH | os.O_CLOEXEC)))
-        return entry, self._opened(node, fd, flags, status)
+        try:
+            node = self.nodes.get(entry[0])
+            self.nodes.pin(node, Fd(os.open(self._path(fd), os.O_PATH | os.O_CLOEXEC)))
+            return entry, self._opened(node, fd, flags, status)
+        except BaseException:
+            self.nodes.forget(entry[0], 1)
+            raise
 
     def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
         handle = self.handles.remove(fh)
-        self._flock_end(handle, release_flags)
+        self._handle_end(handle, release_flags)
         self._backing_end(handle.node)
 
     def read(
@@ -154,10 +167,13 @@ class Data(Locks, Backing, Names, Attributes):
             self._may_block(False)
         if self.watching:
             self._changing(handle.node.parent, handle.node.name)
-        if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
-            count = os.pwritev(fd.number, [data], offset, _APPEND_ONCE)
-        else:
-            count = os.pwrite(fd.number, data, offset)
+        try:
+            if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
+                count = os.pwritev(fd.number, [data], offset, _APPEND_ONCE)
+            else:
+                count = os.pwrite(fd.number, data, offset)
+        except OverflowError:
+            raise OSError(errno.EINVAL, "no file has such an offset", offset) from None
         if write_flags & abi.FUSE_WRITE_KILL_SUIDGID:
             self._drop_privileges(handle.node)
         elif self._xattrs is not None:
@@ -165,9 +181,10 @@ class Data(Locks, Backing, Names, Attributes):
         return count
 
     def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:
-        fd = self.handles.get(fh).fd
+        handle = self.handles.get(fh)
+        fd = handle.fd
         os.close(os.dup(fd.number))  # close(2) gives the errors of delayed writes (quota, network filesystems)
-        self._locks_end(nodeid, lock_owner)
+        self._locks_end(handle, lock_owner)
 
     def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> None:
         fd = self.handles.get(fh).fd
@@ -178,7 +195,13 @@ class Data(Locks, Backing, Names, Attributes):
             os.fsync(fd.number)
 
     def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
+        if self.flags & abi.FUSE_WRITEBACK_CACHE:
+            # The kernel does not write back before it asks (fuse_lseek), so the host may see a hole where there is
+            # data, and cp(1) would leave it out. Without an answer it takes the whole file for data.
+            raise OSError(errno.ENOSYS, "holes are not known with writeback", nodeid)
         fd = self.handles.get(fh).fd
+        if offset >> 63:  # a negative one: no file has data there, lseek(2)
+            raise OSError(errno.ENXIO, "no file has such an offset", offset)
         return os.lseek(fd.number, offset, whence)
 
     def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> None:
@@ -192,7 +215,11 @@ class Data(Locks, Backing, Names, Attributes):
         source, target = self.handles.get(fh).fd, self.handles.get(fh_out).fd
         self._slow()
         # One call answers for at most MAX_RW_COUNT bytes, and the reply has 32 bits.
-        return os.copy_file_range(source.number, target.number, min(length, 0x7FFFF000), offset, offset_out)
+        length = min(length, 0x7FFFF000)
+        try:
+            return os.copy_file_range(source.number, target.number, length, offset, offset_out)
+        except OverflowError:
+            raise OSError(errno.EINVAL, "no file has such an offset", offset) from None
 
     def syncfs(self, nodeid: int) -> None:
         fd = self._reopen(self.nodes.root, os.O_RDONLY | os.O_DIRECTORY)

@@ -37,7 +37,9 @@ class Ioctls(Base):
         size = _SETTING.get(cmd)
         if size is None:
             raise OSError(errno.ENOTTY, "this ioctl is not passed on", hex(cmd))
+        if self.read_only:
+            raise OSError(errno.EROFS, "the filesystem is read-only", hex(cmd))
         if len(data) < size:
             raise OSError(errno.EINVAL, "the ioctl's data is too short", hex(cmd))
-        fcntl.ioctl(fd.number, cmd, bytes(data).ljust(8, b"\0"))
+        fcntl.ioctl(fd.number, cmd, bytes(data[:size]).ljust(8, b"\0"))
         return 0, b""

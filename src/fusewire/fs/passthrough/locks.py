@@ -36,6 +36,11 @@ _UNLOCKED = frozenset({errno.EAGAIN, errno.EACCES})
 _FLOCK = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}
 
 
+def _settled() -> bool:
+    """Stand in the place of an attempt, which holds a descriptor and would live until the collector comes by."""
+    return False
+
+
 class _Waiter:
     """Somebody who waits for a lock."""
 
@@ -67,6 +72,7 @@ class Waiters:
                 if waiter not in self._waiting:
                     return
                 self._waiting.remove(waiter)
+                waiter.attempt = _settled
             waiter.pending.fail(InterruptedError(errno.EINTR, "interrupted while waiting for a lock"))
 
         waiter.pending.interrupt = give_up
@@ -106,6 +112,7 @@ class Waiters:
                     # Under the lock, so that who gives up is never given the lock afterwards; a try never blocks.
                     if self._try(waiter):
                         self._waiting.remove(waiter)
+                        waiter.attempt = _settled
 
     @staticmethod
     def _try(waiter: _Waiter) -> bool:
@@ -137,6 +144,7 @@ class Locks(Base):
         super().__init__(source, config)
         self._waiters = Waiters()
         self._owners: dict[tuple[Node, int], Fd] = {}  # (node, lock owner) -> the descriptor that has its locks
+        self._pids: dict[tuple[Node, int], int] = {}  # (node, lock owner) -> the client's process, as it says
         self._owners_lock = threading.Lock()
         self.nodes.others.append(self._owners)
 
@@ -144,6 +152,8 @@ class Locks(Base):
         """Give the descriptor that holds an owner's POSIX locks on an inode."""
         key = handle.node, owner
         with self._owners_lock:
+            if handle.ended:
+                raise OSError(errno.EBADF, "the file was closed meanwhile", handle.node.name)
             fd = self._owners.get(key)
             if fd is None:
                 # One for reading and writing where that is to be had: the owner may open the file again otherwise. That
@@ -153,15 +163,33 @@ class Locks(Base):
                 except OSError:
                     fd = self._reopen(handle.node, handle.flags & os.O_ACCMODE)
                 self._owners[key] = fd
+            if handle.owners is None:
+                handle.owners = set()
+            handle.owners.add(owner)
             return fd
 
     def getlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Lock:
         handle = self.handles.get(fh)
+        if lock.type not in _FLOCK:
+            raise OSError(errno.EINVAL, "no such kind of lock", lock.type)
         fd = self._owner(handle, owner)
         kind, start, end, _ = files.ofd_getlk(fd.number, lock.type, lock.start, lock.end)
         if kind == fcntl.F_UNLCK:
             return Lock(lock.start, lock.end, kind, 0)
-        return Lock(start, end, kind, 0)  # an OFD lock names no process, and the client would not know the host's
+        return Lock(start, end, kind, self._holder(handle.node, owner, kind, start, end))
+
+    def _holder(self, node: Node, asking: int, kind: int, start: int, end: int) -> int:
+        """Give the client's process that holds a lock, 0 if it is none of this mount.
+
+        The host names no process for the lock of an open file. But an owner's own descriptor does not meet its own
+        locks: the one that sees something else there holds this one.
+        """
+        for (place, owner), fd in list(self._owners.items()):
+            if place is node and owner != asking:
+                found = files.ofd_getlk(fd.number, fcntl.F_WRLCK, start, end)
+                if found[:3] != (kind, start, end):
+                    return self._pids.get((node, owner), 0)
+        return 0
 
     def setlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> None:
         if not self._attempt(self.handles.get(fh), owner, lock, lk_flags)():
@@ -179,9 +207,11 @@ class Locks(Base):
     def _attempt(self, handle: Handle, owner: int, lock: Lock, lk_flags: int) -> Callable[[], bool]:
         """Give a function that tries once; True if the lock was taken, or dropped."""
         node, kind = handle.node, lock.type
+        if kind not in _FLOCK:
+            raise OSError(errno.EINVAL, "no such kind of lock", kind)
         if lk_flags & abi.FUSE_LK_FLOCK:
-            if not self.config.flock or kind not in _FLOCK:
-                raise OSError(errno.EOPNOTSUPP if kind in _FLOCK else errno.EINVAL, "flock is not offered", node.name)
+            if not self.config.flock:
+                raise OSError(errno.EOPNOTSUPP, "flock is not offered", node.name)
             opened = handle.fd
 
             def flock() -> bool:
@@ -199,6 +229,8 @@ class Locks(Base):
         if not self.config.posix_lock:
             raise OSError(errno.EOPNOTSUPP, "locks are not offered", node.name)
         fd = self._owner(handle, owner)
+        if kind != fcntl.F_UNLCK:
+            self._pids[node, owner] = lock.pid
 
         def record() -> bool:
             try:
@@ -213,15 +245,27 @@ class Locks(Base):
 
         return record
 
-    def _locks_end(self, nodeid: int, lock_owner: int) -> None:
+    def _locks_end(self, handle: Handle, owner: int) -> None:
         """Drop an owner's POSIX locks on a file: close(2) of any of his descriptors of it does."""
-        if self._owners:
-            node = self.nodes.get(nodeid)
-            if self._owners.pop((node, lock_owner), None) is not None:
-                self._waiters.released(node)
+        if handle.owners is not None:
+            handle.owners.discard(owner)
+        self._pids.pop((handle.node, owner), None)
+        fd = self._owners.pop((handle.node, owner), None)
+        if fd is not None:
+            # Not by closing it alone: it may be in use for a moment longer.
+            files.ofd_setlk(fd.number, fcntl.F_UNLCK, 0, files.OFFSET_MAX)
+            self._waiters.released(handle.node)
 
-    def _flock_end(self, handle: Handle, release_flags: int) -> None:
-        """Drop the flock of an open file that ends: its descriptor may be in use for a moment longer."""
+    def _handle_end(self, handle: Handle, release_flags: int) -> None:
+        """Drop the locks of an open file that ends: its descriptor may be in use for a moment longer.
+
+        The owner of an OFD lock is the open file itself; the kernel says nothing of its end but RELEASE. POSIX locks
+        that were taken by it are gone already: each process that closed it has sent FLUSH.
+        """
+        with self._owners_lock:
+            handle.ended = True
+        for owner in tuple(handle.owners or ()):
+            self._locks_end(handle, owner)
         if release_flags & abi.FUSE_RELEASE_FLOCK_UNLOCK:
             fcntl.flock(handle.fd.number, fcntl.LOCK_UN)
         self._waiters.released(handle.node)
@@ -229,4 +273,5 @@ class Locks(Base):
     def destroy(self) -> None:
         self._waiters.close()
         self._owners.clear()
+        self._pids.clear()
         super().destroy()

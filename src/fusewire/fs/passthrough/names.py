@@ -102,11 +102,11 @@ class Names(Watch):
     def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> EntryTuple:  # type: ignore[override]
         number = device(rdev)
         with self._umask(umask):
-            return self._make(caller, parent, name, lambda at: os.mknod(name, mode, number, dir_fd=at))
+            return self._make(caller, parent, name, lambda at: os.mknod(name, mode & 0o177777, number, dir_fd=at))
 
     def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> EntryTuple:  # type: ignore[override]
         with self._umask(umask):
-            return self._make(caller, parent, name, lambda at: os.mkdir(name, mode, dir_fd=at))
+            return self._make(caller, parent, name, lambda at: os.mkdir(name, mode & 0o7777, dir_fd=at))
 
     def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> EntryTuple:  # type: ignore[override]
         return self._make(caller, parent, name, lambda at: os.symlink(target, name, dir_fd=at))
@@ -126,16 +126,26 @@ class Names(Watch):
     def unlink(self, caller: Caller, parent: int, name: bytes) -> None:
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
-        self.nodes.keep(directory, name)
+        kept = self.nodes.keep(directory, name)
         self._changing(above, name)
-        os.unlink(name, dir_fd=directory.number)
+        try:
+            os.unlink(name, dir_fd=directory.number)
+        except OSError:
+            if kept is not None:
+                kept.pinned = False
+            raise
 
     def rmdir(self, caller: Caller, parent: int, name: bytes) -> None:
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
-        self.nodes.keep(directory, name)
+        kept = self.nodes.keep(directory, name)
         self._changing(above, name)
-        os.rmdir(name, dir_fd=directory.number)
+        try:
+            os.rmdir(name, dir_fd=directory.number)
+        except OSError:
+            if kept is not None:
+                kept.pinned = False
+            raise
 
     def rename(self, caller: Caller, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> None:
         nodes = self.nodes
@@ -145,19 +155,24 @@ class Names(Watch):
         self._changing(above, name)
         self._changing(below, newname)
         other: Node | None = None
+        kept: Node | None = None
         if flags & files.RENAME_EXCHANGE:
             other = nodes.at(target, newname)
         elif not flags & files.RENAME_NOREPLACE:
-            nodes.keep(target, newname)
-        if flags:
-            person = self._as(caller) if flags & files.RENAME_WHITEOUT else None
-            try:
+            kept = nodes.keep(target, newname)
+        person = self._as(caller) if flags & files.RENAME_WHITEOUT else None
+        try:
+            if flags:
                 files.renameat2(source.number, name, target.number, newname, flags)
-            finally:
-                if person is not None:
-                    person.leave()
-        else:
-            os.rename(name, newname, src_dir_fd=source.number, dst_dir_fd=target.number)
+            else:
+                os.rename(name, newname, src_dir_fd=source.number, dst_dir_fd=target.number)
+        except OSError:
+            if kept is not None:
+                kept.pinned = False
+            raise
+        finally:
+            if person is not None:
+                person.leave()
         if moved is not None:
             moved.parent, moved.name = below, newname
         if other is not None:

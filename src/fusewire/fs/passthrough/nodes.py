@@ -58,6 +58,7 @@ class Node:
     __slots__ = (
         "backing",
         "fd",
+        "gone",
         "handle",
         "key",
         "kind",
@@ -79,6 +80,7 @@ class Node:
         self.fd: Fd | None = None
         self.handle: bytes | None = None
         self.pinned = False
+        self.gone = False  # forgotten: whoever is still at it keeps no descriptor in it
         self.used = False
         self.seen: tuple[int, ...] = ()  # size and mtime when it was opened last: what the page cache holds is of then
         self.opened = 0
@@ -147,8 +149,10 @@ class Nodes:
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise OSError(errno.ESTALE, "the file is no longer where it was", at.name) from error
-                raise self.explain(error) from error
-            if identity(files.statx(new.number, b"", files.AT_EMPTY_PATH, STATUS)) != at.key:
+                raise self.explain(error) from None
+            status = files.statx(new.number, b"", files.AT_EMPTY_PATH, STATUS)
+            # The number of an inode that is gone may be that of a FIFO by now, which must not be opened for real.
+            if identity(status) != at.key or status[files.SX_MODE] & 0o170000 != at.kind:
                 raise OSError(errno.ESTALE, "another file is where this one was", at.name)
             self.hold(at, new)
             fd = new
@@ -163,7 +167,7 @@ class Nodes:
         try:
             new = Fd(files.open_by_handle(mount.number, node.handle, os.O_PATH | os.O_CLOEXEC))
         except OSError as error:
-            raise self.explain(error) from error
+            raise self.explain(error) from None
         self.hold(node, new)
         return new
 
@@ -185,6 +189,8 @@ class Nodes:
         """Give a node its descriptor, and make room where there are too many."""
         node.used = True
         with self._lock:
+            if node.gone:
+                return
             node.fd = fd
             self._held[node] = None
         if self.descriptors > self._budget:
@@ -220,7 +226,10 @@ class Nodes:
                 raise OSError(errno.ENFILE, "too many open files on the server")
 
     def explain(self, error: OSError) -> OSError:
-        """Turn the server's own lack of descriptors into the client's "too many open files in system"."""
+        """Turn the server's own lack of descriptors into the client's "too many open files in system".
+
+        To be raised `from None`: an exception that is its own cause would keep the descriptors of its frames open.
+        """
         if error.errno == errno.EMFILE:
             return OSError(errno.ENFILE, "too many open files on the server", error.filename)
         return error
@@ -266,25 +275,33 @@ class Nodes:
         except FileNotFoundError:
             return None
 
-    def keep(self, directory: Fd, name: bytes) -> None:
-        """Keep what a name leads to reachable, which is about to go."""
+    def keep(self, directory: Fd, name: bytes) -> Node | None:
+        """Keep what a name leads to reachable, which is about to go; give it, if it was not kept already.
+
+        If the name stays, `node.pinned` is to be taken back.
+        """
         try:
             fd = Fd(os.open(name, _PATH, dir_fd=directory.number))
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
-            raise self.explain(error) from error
+            raise self.explain(error) from None
         node = self._known(files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS))
-        if node is not None and node is not self.root:
-            if node.fd is None:
-                self.pin(node, fd)
-            node.pinned = True
+        if node is None or node is self.root:
+            return None
+        with self._lock:
+            before, node.pinned = node.pinned, True
+            missing = node.fd is None
+        if missing:
+            self.pin(node, fd)
+        return None if before else node
 
     def forget(self, nodeid: int, nlookup: int) -> Node | None:
         """Take lookups back; give the node if those were the last."""
         node = self.table.forget(nodeid, nlookup)
-        if node is not None and node.fd is not None:
+        if node is not None:
             with self._lock:
+                node.gone = True
                 self._held.pop(node, None)
                 node.fd = None
         return node
