@@ -19,7 +19,7 @@ import squashfs_images
 from e2e import OTHER, USER, Process, Result, World, digest, ends
 from fusewire import serve
 from fusewire.cli import state, umount
-from fusewire.linux import mount, mount_base, mount_namespace, process
+from fusewire.linux import mount, mount_base, mount_namespace, mountinfo, process, syscalls
 from fusewire.ops import Operations
 
 HELLO = "hello world\n"
@@ -63,16 +63,17 @@ def test_umask_that_denies_the_owner_is_the_commands_alone(world: World, small: 
 
 
 def test_limit_of_processes_costs_workers_and_not_an_endless_wait(world: World, small: Path) -> None:
-    # A run needs its three processes and a worker; a mount its own, its server, a worker and one who listens.
+    # A run needs its three processes and a worker; a mount its own, its server, two workers or one and who watches it,
+    # and one who listens.
     for limit, code in ((4, 0), (3, 125)):
         done = world.fw("run", f"{small}:env", "--", "cat", "env/hello.txt", uid=LONER, wrap=["prlimit", f"-u{limit}"])
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == HELLO if code == 0 else "ulimit -u" in done.stderr
-    done = world.fw("mount", small, "env", uid=LONER, wrap=["prlimit", "-u4"])
+    done = world.fw("mount", small, "env", uid=LONER, wrap=["prlimit", "-u5"])
     assert done.returncode == 125
     assert "ulimit -u" in done.stderr
-    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u5"]):
+    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u6"]):
         assert world.do("cat", "env/hello.txt", uid=LONER).stdout == HELLO
     assert os.listdir(world.home(LONER)) == []
 
@@ -208,23 +209,108 @@ def test_directory_of_somebody_else_does_not_make_umount_all_fail(world: World, 
         squatted.rmdir()
 
 
-def test_directory_that_is_made_again_is_not_taken_for_a_file_that_somebody_put_there(
+def elsewhere(place: Path) -> Path:
+    """Another directory in the place of `place`, by a symlink, as somebody makes it who may rename in its parent."""
+    place.rename(place.parent / "moved")
+    other = place.parent / "elsewhere"
+    other.mkdir()
+    place.symlink_to("elsewhere")
+    return other
+
+
+def test_link_is_made_where_it_was_asked_for_whatever_others_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = tmp_path / "secret"
-    secret.touch(mode=0o600)
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    for before in ("missing", "empty"):
+        if before == "empty":
+            (parent / "target").mkdir(mode=0o750)
+        place = mount_namespace.find_place(os.fsencode(parent / "target"))
+        other = elsewhere(parent)
+        try:
+            mount_namespace._replace(place, b"/proc/1/fd/7")
+            assert os.readlink(tmp_path / "moved" / "target") == "/proc/1/fd/7"
+            assert os.listdir(other) == []
+            # And what is at the place now is not undone.
+            (other / "target").symlink_to("/proc/1/fd/7")
+            aside = place.aside if place.existed else None
+            mount_namespace.put_back(place.path, b"/proc/1/fd/7", aside, place.identity)
+            assert os.listdir(other) == ["target"]
+        finally:
+            place.close()
+        (other / "target").unlink()
+        other.rmdir()
+        parent.unlink()
+        (tmp_path / "moved").rename(parent)
+        mount_namespace.put_back(place.path, b"/proc/1/fd/7", aside, place.identity)
+        assert os.listdir(parent) == ([] if before == "missing" else ["target"])
+    assert stat.S_IMODE((parent / "target").stat().st_mode) == 0o750
+
+
+def test_directory_that_was_made_is_removed_where_it_was_made(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    made = os.fsencode(parent / "target")
+    mount_base.make_directory(made)
+    known = mount_base.identity(parent.stat())
+    other = elsewhere(parent)
+    (other / "target").mkdir()
+    assert not mount_base.rmdir_if_ours(made)
+    parent.unlink()
+    other.rename(parent)
+    assert not mount_base.rmdir_if_ours(made, known)
+    assert os.listdir(parent) == ["target"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts and unmounts by path")
+def test_unmount_goes_to_the_mount_that_was_made_and_no_other(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    (parent / "target").mkdir(parents=True)
+    ours = mount.mount(os.fsencode(parent / "target"), mount_base.Options(), "direct")
+    other = elsewhere(parent)
+    (other / "target").mkdir()
+    syscalls.mount(b"innocent", os.fsencode(other / "target"), b"tmpfs", 0)
+    try:
+        with pytest.raises(OSError, match="is not the same place any more"):
+            mount_base.unmount_path(ours.inside, True, ours.target)
+        with pytest.raises(OSError, match="another filesystem is mounted over it"):
+            ours.unmount(lazy=True)
+        parent.unlink()
+        other.rename(parent)
+        with pytest.raises(OSError, match="is not the same place any more"):
+            mount_base.unmount_path(ours.inside, True, ours.target, ours._mount_id)
+        assert mountinfo.at(ours.inside).fstype == b"tmpfs"
+    finally:
+        for place in (parent, tmp_path / "moved"):
+            with contextlib.suppress(OSError):
+                syscalls.umount2(os.fsencode(place / "target"), syscalls.MNT_DETACH)
+        ours.close()
+
+
+def test_what_was_put_in_an_empty_directory_at_the_last_moment_stays(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    mkdir = os.mkdir
+    target.mkdir()
+    place = mount_namespace.find_place(os.fsencode(target))
+    (target / "file").touch()
+    with pytest.raises(OSError, match="it is not empty any more"):
+        mount_namespace._replace(place, b"/proc/1/fd/7")
+    place.close()
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(target) == ["file"]
 
-    def mkdir_and_swap(path: bytes, mode: int = 0o777) -> None:
-        mkdir(path, mode)
-        target.rmdir()
-        target.symlink_to(secret)
 
-    monkeypatch.setattr(os, "mkdir", mkdir_and_swap)
-    with pytest.raises(NotADirectoryError):
-        mount_namespace.make_again(os.fsencode(target), 0o777)
-    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+def test_what_has_been_put_in_the_place_of_a_link_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    place = mount_namespace.find_place(os.fsencode(target))
+    mount_namespace._replace(place, b"/proc/1/fd/7")
+    place.close()
+    target.unlink()
+    target.write_text("mine")
+    mount_namespace.put_back(place.path, b"/proc/1/fd/7", place.aside, place.identity)
+    assert os.listdir(tmp_path) == ["target"]
+    assert target.read_text() == "mine"
 
 
 def test_mount_point_that_has_become_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +360,7 @@ KILLED_WHEN = {
     "before its record is written": "from fusewire.cli import state; state._write = lambda *a: os.kill(os.getpid(), 9)",
     "before its link is made": (
         "from fusewire.linux import mount_namespace; mount_namespace.os = type('os', (), {**vars(os), "
-        "'symlink': staticmethod(lambda *a: os.kill(os.getpid(), 9))})"
+        "'symlink': staticmethod(lambda *a, **k: os.kill(os.getpid(), 9))})"
     ),
     "before its mount is noted": (
         "from fusewire.cli.state import Store; Store.save = lambda *a: os.kill(os.getpid(), 9)"
@@ -385,6 +471,82 @@ def test_signal_ends_a_run_whose_source_hangs(world: World, small: Path, number:
     finally:
         os.kill(found["pid"], signal.SIGCONT)
     assert world.fw("umount", "outer").returncode == 0
+
+
+@pytest.mark.parametrize("options", [[], ["-f"]], ids=["background", "foreground"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_a_mount_whose_source_hangs(world: World, small: Path, number: int, options: list[str]) -> None:
+    (world.home() / "tree").mkdir()
+    shutil.copy(small, world.home() / "tree" / "inner.sqsh")
+    outer = squashfs_images.mksquashfs(world.home() / "tree", world.home() / "outer.sqsh")
+    outer.chmod(0o644)
+    found = world.mount(outer, "outer")
+    os.kill(found["pid"], signal.SIGSTOP)
+    others = world.pids()
+    try:
+        job = world.start("fusewire", "mount", *options, "outer/inner.sqsh", "env", popen={"start_new_session": True})
+        while not any(waits_for_a_server(pid) for pid in world.pids() if pid not in others):
+            assert not ends(job.pid, 0.01)
+        if number == signal.SIGINT:  # Ctrl-C: to all of them
+            os.killpg(job.pid, number)
+        else:
+            job.kill(number)
+        done = job.finish()
+        assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+        assert world.pids() == others  # at once
+    finally:
+        os.kill(found["pid"], signal.SIGCONT)
+    assert world.fw("umount", "outer").returncode == 0
+    assert not os.path.lexists(world.home() / "env")
+
+
+def waits_for_a_server(pid: int) -> bool:
+    """Tell whether a process waits in the kernel for the answer of a FUSE server."""
+    with contextlib.suppress(OSError):
+        return "request_wait" in Path(f"/proc/{pid}/wchan").read_text()
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_mount_whose_target_hangs(world: World, small: Path, number: int) -> None:
+    (world.home() / "tree" / "place").mkdir(parents=True)
+    outer = squashfs_images.mksquashfs(world.home() / "tree", world.home() / "outer.sqsh")
+    outer.chmod(0o644)
+    found = world.mount("-o", "attr_timeout=0,entry_timeout=0", outer, "outer")
+    os.kill(found["pid"], signal.SIGSTOP)
+    others = world.pids()
+    records = world.records()
+    try:
+        job = world.start("fusewire", "mount", small, "outer/place/env", popen={"start_new_session": True})
+        while not any(waits_for_a_server(pid) for pid in world.pids() if pid not in others):
+            assert not ends(job.pid, 0.01)
+        job.kill(number)
+        assert job.wait() == -number
+        assert world.pids() == others
+        assert world.records() == records
+    finally:
+        os.kill(found["pid"], signal.SIGCONT)
+    assert world.fw("umount", "outer").returncode == 0
+
+
+def test_mount_that_the_terminal_has_hung_up_on_goes_on_if_it_ignores_that(world: World, small: Path) -> None:
+    os.mkfifo(world.home() / "image")
+    os.chmod(world.home() / "image", 0o666)
+    ignore = ["sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh"]  # nohup(1)
+    code = (
+        "import sys; from fusewire import cli; from fusewire.fs import sources; real = sources.open_source\n"
+        f"def slow(*a): print('begun', flush=True); open({str(world.home() / 'image')!r}).read(); return real(*a)\n"
+        "sources.open_source = slow\nsys.exit(cli.main(['mount', sys.argv[1], 'env']))"
+    )
+    job = world.start("program", *world.words()[1], "-c", code, small, wrap=ignore)
+    assert job.line() == "begun"
+    for number in (signal.SIGHUP, signal.SIGINT):
+        job.kill(number)
+    with open(world.home() / "image", "w"):
+        pass
+    assert job.wait() == 0
+    assert world.do("cat", "env/hello.txt").stdout == HELLO
+    assert world.fw("umount", "env").returncode == 0
 
 
 def wait_for_children(pid: int, count: int) -> None:

@@ -13,8 +13,9 @@ import tempfile
 import pytest
 
 import rootless
-from fusewire.cli import doctor
-from fusewire.cli.doctor import Probe, attempt, look, try_mount
+from fusewire.cli import doctor, trials
+from fusewire.cli.doctor import Probe, look
+from fusewire.cli.trials import attempt, try_mount
 from fusewire.linux import mountinfo
 
 ASK = "import json, sys; from fusewire.cli.doctor import doctor; sys.exit(doctor(json=True))"
@@ -320,7 +321,7 @@ def test_trial_killed_while_mounted_leaves_nothing(tmp_path, monkeypatch):
     rootless.open_fuse_device()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(doctor, "_look_at", lambda target, go: signal.pause())
+    monkeypatch.setattr(trials, "_look_at", lambda target, go: signal.pause())
     outcome = try_mount("fusermount3", 2)
     assert "no answer" in outcome.text
     assert os.listdir(tmp_path) == []

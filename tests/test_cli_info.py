@@ -170,7 +170,7 @@ def test_what_is_no_image_is_refused_by_name_with_what_it_is(tmp_path, content, 
 def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         info(f"{tmp_path}/missing")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(OSError, match="can be mounted, but is no image"):
         info(str(tmp_path))
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(OSError, match="neither a file nor a block device"):

@@ -196,6 +196,12 @@ def test_help_describes_every_option_that_is_offered():
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_help_says_what_has_no_effect_on_a_read_only_image():
+    lines = options.describe().splitlines()
+    without = {line.split()[0].partition("=")[0] for line in lines if "no effect on a read-only image" in line}
+    assert without == {"rw", "kernel_cache", "auto_cache", "ac_attr_timeout", "max_write", "max_idle_threads"}
+
+
 def test_module_loads_nothing_that_costs_start_up_time():
     code = (
         "import sys, fusewire.cli; before = set(sys.modules); import fusewire.cli.options;"
@@ -204,3 +210,20 @@ def test_module_loads_nothing_that_costs_start_up_time():
     source = os.path.dirname(os.path.dirname(fusewire.__file__))
     found = subprocess.check_output([sys.executable, "-c", code], env={"PYTHONPATH": source}, text=True)
     assert set(found.split()) <= {"fusewire.cli.options", "__future__"}
+
+
+def test_options_of_a_directory_are_kept_apart_and_have_a_negative_form() -> None:
+    found = parse("cache=always,no_xattr,posix_acl,translate_uid=map:0:1000:1,translate_uid=map:1:5:1,watch,no_watch")
+    assert found.directory == {
+        "cache": "always",
+        "xattr": False,
+        "posix_acl": True,
+        "translate_uid": ("map:0:1000:1", "map:1:5:1"),
+        "watch": False,
+    }
+
+
+@pytest.mark.parametrize("text", ["cache=sometimes", "xattr=1", "no_cache", "no_cache=none", "inode_file_handles=x"])
+def test_wrong_options_of_a_directory_are_named(text: str) -> None:
+    with pytest.raises(options.OptionError, match=text.split("=")[0]):
+        parse(text)

@@ -15,8 +15,9 @@ import time
 import pytest
 
 import rootless
-from fusewire.cli import listing, state
-from fusewire.cli.state import ControlServer, Store, control
+from fusewire.cli import listing, private, state
+from fusewire.cli.control import ControlServer, control
+from fusewire.cli.state import Store
 from fusewire.linux import process, syscalls
 
 
@@ -54,20 +55,20 @@ def sleeper():
 
 
 def test_state_lives_below_xdg_runtime_dir_if_it_is_a_directory_of_the_user(tmp_path):
-    found = state.roots({"XDG_RUNTIME_DIR": str(tmp_path)})
+    found = private.roots({"XDG_RUNTIME_DIR": str(tmp_path)})
     assert found[0] == f"{tmp_path}/fusewire"
     assert f"/tmp/fusewire-{os.geteuid()}" in found
 
 
 @pytest.mark.parametrize("value", ["", "relative", "/nowhere/at/all", "/etc/passwd"])
 def test_state_lives_in_tmp_if_xdg_runtime_dir_is_useless(value):
-    assert state.roots({"XDG_RUNTIME_DIR": value})[0] == f"/tmp/fusewire-{os.geteuid()}"
+    assert private.roots({"XDG_RUNTIME_DIR": value})[0] == f"/tmp/fusewire-{os.geteuid()}"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to somebody else")
 def test_state_lives_in_tmp_if_xdg_runtime_dir_belongs_to_somebody_else(tmp_path):
     os.chown(tmp_path, 12345, 12345)
-    assert state.roots({"XDG_RUNTIME_DIR": str(tmp_path)})[0] == "/tmp/fusewire-0"
+    assert private.roots({"XDG_RUNTIME_DIR": str(tmp_path)})[0] == "/tmp/fusewire-0"
 
 
 def test_root_is_made_private(tmp_path):
@@ -461,7 +462,7 @@ def test_silent_clients_do_not_keep_others_waiting(server):
 
 
 def test_silent_client_is_dropped_after_a_while(server, monkeypatch):
-    monkeypatch.setattr(state, "_PATIENCE", 0.05)
+    monkeypatch.setattr("fusewire.cli.control._PATIENCE", 0.05)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(server.path)
@@ -512,7 +513,7 @@ def test_other_users_are_refused_and_root_is_not(tmp_path):
     """The server is nobody's; root asks, then another user whom the directory lets through."""
     path = f"{rootless.rootless_home()}/control.sock"
     code = (
-        "import os, sys; from fusewire.cli.state import ControlServer\n"
+        "import os, sys; from fusewire.cli.control import ControlServer\n"
         f"server = ControlServer({path!r}, {{'status': lambda request: {{'uid': os.geteuid()}}}}); server.start()\n"
         f"os.chmod({path!r}, 0o666); print('up', flush=True); sys.stdin.read(); server.close()"
     )
@@ -520,7 +521,7 @@ def test_other_users_are_refused_and_root_is_not(tmp_path):
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "up\n"
         assert control(path, {"command": "status"}) == {"ok": True, "uid": 65534}
-        ask = f"from fusewire.cli.state import control; print(control({path!r}, {{'command': 'status'}}))"
+        ask = f"from fusewire.cli.control import control; print(control({path!r}, {{'command': 'status'}}))"
         stranger = subprocess.check_output([*rootless.rootless_python(12345), "-c", ask], text=True)
         child.stdin.close()
         assert child.wait() == 0

@@ -22,6 +22,14 @@ import pytest
 from fusewire.linux import files, syscalls
 from rootless import rootless_python
 
+
+@pytest.fixture(autouse=True)
+def dumpable_again() -> Iterator[None]:
+    """A thread that changes its ids makes the whole process undumpable (commit_creds), which other tests look at."""
+    yield
+    syscalls.set_dumpable()
+
+
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="needs root")
 EMPTY = files.AT_EMPTY_PATH | files.AT_SYMLINK_NOFOLLOW

@@ -6,7 +6,7 @@ import json
 import os
 import select
 import signal
-import stat
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +187,18 @@ def test_foreground_ends_with_control_c(world: World, small: Path, how: dict[str
         assert not os.path.lexists(found["target"])
 
 
+def test_debug_option_keeps_the_server_where_its_output_is_seen(world: World, small: Path) -> None:
+    job = world.start("fusewire", "mount", "--json", "-o", "debug", small, "mnt")
+    found = json.loads(job.line())
+    assert found["pid"] in (job.pid, *world.pids())
+    assert world.sh("cat mnt/hello.txt").stdout == HELLO
+    job.kill(signal.SIGTERM)
+    done = job.finish()
+    assert done.returncode == 0
+    for word in ("INIT", "LOOKUP", "READ"):
+        assert f"{word} unique" in done.stderr
+
+
 def test_terminating_signal_to_the_server_unmounts(world: World, small: Path, how: dict[str, Any]) -> None:
     found = world.mount(small, "mnt", **how)
     os.kill(found["pid"], signal.SIGTERM)
@@ -213,7 +225,7 @@ def test_namespace_made_by_others_is_mounted_in_directly(world: World, small: Pa
     script = (
         "if [ -e /tmp/fusewire-0 ]; then mount -t tmpfs -o mode=700 none /tmp/fusewire-0; fi; "  # the real root's
         f"{words} -m fusewire mount --json {small} mnt && cat mnt/hello.txt && "
-        f"grep -c 'mnt .* fuse.fusewire' /proc/self/mountinfo && {words} -m fusewire umount mnt"
+        f"grep -c ' {world.home()}/mnt .* fuse.fusewire' /proc/self/mountinfo && {words} -m fusewire umount mnt"
     )
     done = world.do("sh", "-c", script, wrap=["unshare", "-Urm"])
     assert done.stderr == ""
@@ -379,13 +391,29 @@ def test_empty_directory_comes_back_as_it_was(world: World, small: Path, how: di
     uid = how["uid"]
     target = world.home(uid) / "mnt"
     target.mkdir()
-    os.chown(target, uid, uid)
+    os.chown(target, uid, 9999)
     target.chmod(0o2751)
-    with world.mounted(small, "mnt", **how):
+    os.setxattr(target, "user.note", b"mine")
+    acl = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", *entry)
+        for entry in ((1, 7, 2**32 - 1), (2, 5, 1234), (4, 5, 2**32 - 1), (16, 5, 2**32 - 1), (32, 1, 2**32 - 1))
+    )
+    os.setxattr(target, "system.posix_acl_access", acl)
+    os.utime(target, ns=(1, 1_000_000_001))
+    before = target.lstat()
+    for clean in (True, False):
+        found = world.mount(small, "mnt", **how)
         assert world.sh("cat mnt/hello.txt", uid=uid).stdout == HELLO
-    info = target.lstat()
-    assert stat.S_ISDIR(info.st_mode)
-    assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o2751, uid, uid)
+        if not clean:
+            os.kill(found["pid"], signal.SIGKILL)
+            assert ends(found["pid"])
+        assert world.fw("umount", "mnt", **how).returncode == 0
+        assert os.listdir(world.home(uid)) == ["mnt"]
+        after = target.lstat()
+        names = [name for name in dir(before) if name.startswith("st_") and "ctime" not in name and "atime" not in name]
+        assert [getattr(after, name) for name in names] == [getattr(before, name) for name in names]
+        assert os.getxattr(target, "user.note") == b"mine"
+        assert os.getxattr(target, "system.posix_acl_access") == acl
 
 
 @pytest.mark.parametrize("target", ["./x", "sub/../sub/x", "sub/", "sub//x/", "ü ' \"$x", "./-n"])
@@ -473,6 +501,16 @@ def test_umount_of_several_goes_on_after_an_error(world: World, small: Path) -> 
     assert done.returncode == 125
     assert done.stderr.count("\n") == 1
     assert world.listed() == []
+
+
+def test_mounts_of_the_real_root_are_not_those_of_a_namespaces_root(world: World, small: Path) -> None:
+    with world.mounted(small, "theirs", uid=0), world.mounted(small, "ours") as ours:
+        (world.runtime(0) / "fusewire").rename(world.runtime(0) / "lost")  # so that only the mount table tells of it
+        try:
+            assert [row["state"] for row in world.listed(0)] == ["unknown"]
+            assert [row["id"] for row in world.listed(wrap=["unshare", "-Ur"])] == [ours["id"]]
+        finally:
+            (world.runtime(0) / "lost").rename(world.runtime(0) / "fusewire")
 
 
 def test_list_of_nothing_says_so(world: World) -> None:

@@ -9,14 +9,16 @@ import random
 import shutil
 import signal
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rootless
 import squashfs_images
 from e2e import OTHER, USER, Process, World, children, ends, status
+from fusewire.linux import syscalls
 
 HELLO = "hello world\n"
 COLD = "attr_timeout=0,entry_timeout=0,cache_size=0"  # so that every look at the mount needs its server
@@ -90,6 +92,98 @@ def test_killed_run_leaves_nothing(world: World, running: Callable[..., Running]
     assert os.listdir(world.home()) == []
 
 
+@pytest.fixture
+def left_over(world: World, running: Callable[..., Running]) -> Path:
+    """The mount point of a run whose supervisor and server were killed at once, so that nobody could remove it."""
+    job = running()
+    os.kill(job.server, signal.SIGSTOP)  # else it may hear of the end of the supervisor before its own
+    for pid in (job.supervisor, job.server):
+        os.kill(pid, signal.SIGKILL)
+    job.process.wait()
+    for pid in (job.server, job.command):
+        assert ends(pid)
+    place = world.home() / "new" / "deep" / "place"
+    assert os.listdir(place) == []
+    return place
+
+
+def test_directory_that_a_killed_run_has_left_is_removed_by_umount_all(world: World, left_over: Path) -> None:
+    done = world.fw("list")
+    assert done.stderr.splitlines() == [
+        f"fusewire: {left_over}: left by a run that was killed; `fusewire umount --all` removes it",
+        "nothing is mounted",
+    ]
+    assert world.fw("umount", "--all").returncode == 0
+    assert os.listdir(world.home()) == []
+    assert os.listdir(world.runtime()) == []
+
+
+def test_directory_that_a_killed_run_has_left_is_removed_by_the_next_run_that_makes_one(
+    world: World, small: Path, left_over: Path
+) -> None:
+    assert world.fw("run", f"{small}:/opt/image", "--", "true").returncode == 0  # which has made none
+    assert left_over.exists()
+    (left_over / "file").touch()
+    assert world.fw("run", f"{small}:other", "--", "true").returncode == 0
+    assert os.listdir(left_over) == ["file"]
+    (left_over / "file").unlink()
+    assert world.fw("run", f"{small}:other", "--", "true").returncode == 0
+    assert os.listdir(world.home()) == []
+    assert os.listdir(world.runtime()) == []
+
+
+def test_directory_that_is_not_the_one_that_a_killed_run_has_left_stays(
+    world: World, small: Path, left_over: Path
+) -> None:
+    left_over.rmdir()
+    left_over.mkdir()  # often with the same inode number
+    os.chown(left_over, USER, USER)
+    assert world.fw("umount", "--all").returncode == 0
+    assert left_over.exists()
+    left_over.rename(world.home() / "moved")
+    (world.home() / "moved").chmod(0o1755)
+    left_over.parent.rename(world.home() / "elsewhere")
+    assert world.fw("umount", "--all").returncode == 0
+    assert sorted(os.listdir(world.home())) == ["elsewhere", "moved"]  # not what was put in its place
+
+
+@pytest.mark.parametrize("target", ["mine", "mine/new", "mine/new/deeper"])
+def test_directory_of_the_users_that_looks_like_one_of_ours_stays(world: World, small: Path, target: str) -> None:
+    mine = world.home() / "mine"
+    mine.mkdir()
+    mine.chmod(0o1755)
+    os.chown(mine, USER, USER)
+    for _ in range(2):
+        assert world.fw("run", f"{small}:{target}", "--", "cat", f"{target}/hello.txt").stdout == HELLO
+        assert os.listdir(world.home()) == ["mine"]
+        assert os.listdir(mine) == []
+
+
+def test_directory_that_cannot_be_noted_is_removed_all_the_same(world: World, small: Path) -> None:
+    shared = Path(f"/tmp/fusewire-{USER}")
+    shared.mkdir(mode=0o700)
+    try:
+        os.chown(shared, OTHER, OTHER)
+        env = {"XDG_RUNTIME_DIR": "/nowhere"}
+        done = world.fw("run", f"{small}:new/deep", "--", "cat", "new/deep/hello.txt", env=env)
+    finally:
+        shared.rmdir()
+    assert (done.returncode, done.stdout, done.stderr) == (0, HELLO, "")
+    assert os.listdir(world.home()) == []
+
+
+def test_directory_of_a_run_that_goes_on_is_not_told_of(world: World, running: Callable[..., Running]) -> None:
+    job = running()
+    assert world.fw("list").stderr == "nothing is mounted\n"
+    assert world.fw("umount", "--all").returncode == 0
+    job.process.say("")
+    assert job.process.line() == HELLO.strip()
+    job.process.close_stdin()
+    assert job.process.wait() == 0
+    assert os.listdir(world.home()) == []
+    assert os.listdir(world.runtime()) == []
+
+
 def test_everything_killed_at_once_leaves_no_process(world: World, running: Callable[..., Running]) -> None:
     job = running(target="/opt/image", script="echo up; exec sleep 600")
     for pid in (job.server, job.supervisor, job.command):
@@ -98,6 +192,52 @@ def test_everything_killed_at_once_leaves_no_process(world: World, running: Call
         if pid != job.supervisor:
             assert ends(pid)
     job.process.wait()
+
+
+STUCK = """
+import os, sys, rootless
+fd = int(sys.argv[1])
+while (reply := rootless.reply_to(request := os.read(fd, 1 << 18))) is not None:
+    if b"stuck" in request:
+        print("stuck", flush=True)
+        break
+    os.write(fd, reply)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def stuck(world: World) -> Iterator[tuple[Path, Process]]:
+    """A file that hangs in the kernel whoever looks at it (D state), also against SIGKILL; and who is told of it."""
+    place = world.home(0) / "hangs"
+    place.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    data = b"fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other" % device
+    syscalls.mount(b"x", os.fsencode(place), b"fuse", 0, data)
+    env = {"PYTHONPATH": rootless.TESTS}
+    words = [*world.words(0)[1], "-c", STUCK, str(device)]
+    server = world.start("program", *words, uid=0, env=env, popen={"pass_fds": [device]})
+    os.close(device)
+    yield place / "stuck", server
+    server.reap()
+    syscalls.umount2(os.fsencode(place), syscalls.MNT_DETACH)
+
+
+@pytest.mark.parametrize("how", ["", "exec "], ids=["child", "command"])
+def test_process_that_hangs_in_the_kernel_does_not_keep_a_run(
+    world: World, running: Callable[..., Running], stuck: tuple[Path, Process], how: str
+) -> None:
+    job = running(script=f"echo up; {how}cat {stuck[0]}; exec sleep 600")
+    assert stuck[1].line() == "stuck"
+    os.kill(job.server, signal.SIGKILL)
+    assert job.process.wait() == 125
+    assert world.pids() != []
+    stuck[1].reap()
+    assert "the server of the mounts has died" in job.process.finish().stderr
+    for pid in world.pids():
+        assert ends(pid)
+    world.fw("umount", "--all")  # of the place that it was in, too
+    assert os.listdir(world.home()) == []
 
 
 def test_reader_in_the_middle_of_a_request_gets_an_error_when_the_server_dies(

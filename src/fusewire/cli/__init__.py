@@ -14,6 +14,7 @@ import fusewire
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from fusewire.cli.options import MountOptions
 
@@ -34,10 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         cut = argv.index("--")
         argv, command = argv[:cut], argv[cut + 1 :]
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.command = command
     try:
-        return int(arguments.handler(arguments, parser))
+        return int(arguments.handler(arguments, arguments.parser))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         from fusewire.cli.run import explain
 
         print(f"fusewire: {explain(error)}", file=sys.stderr)
-        return 125 if arguments.name == "run" else 1
+        return 125 if arguments.parser.wrong == 125 else 1
 
 
 def _hold_stdio() -> None:
@@ -65,8 +68,18 @@ def _hold_stdio() -> None:
             setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115  it lives as long as we do
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """wrong: the exit status for a wrong command line."""
+
+    wrong = 2
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(self.wrong, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="fusewire",
         description="Mount filesystems without root: squashfs images over FUSE, in a user namespace where need be.",
         epilog=_EPILOG,
@@ -77,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="name", required=True, metavar="COMMAND", prog="fusewire")
 
     def add(
-        name: str, handler: Callable[[argparse.Namespace, argparse.ArgumentParser], int], text: str, usage: str | None
-    ) -> argparse.ArgumentParser:
+        name: str, handler: Callable[[argparse.Namespace, _Parser], int], text: str, usage: str | None, wrong: int = 2
+    ) -> _Parser:
         sub = commands.add_parser(
             name,
             help=text,
@@ -86,10 +99,12 @@ def _parser() -> argparse.ArgumentParser:
             usage=usage,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(handler=handler)
+        sub.wrong = wrong
+        sub.set_defaults(handler=handler, parser=sub)
         return sub
 
-    run = add("run", _run, "run a command with images mounted, seen by it alone", _RUN_USAGE)
+    # Where another command's exit status is given on, 125 is ours: env(1), timeout(1), `docker run`.
+    run = add("run", _run, "run a command with images mounted, seen by it alone", _RUN_USAGE, 125)
     run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image, and the directory where it appears")
     _add_options(run)
     _add_maps(run)
@@ -126,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true")
 
     execute = add(
-        "exec", _exec, "run a command in the namespace of a mount", "fusewire exec TARGET -- COMMAND [ARG ...]"
+        "exec", _exec, "run a command in the namespace of a mount", "fusewire exec TARGET -- COMMAND [ARG ...]", 125
     )
     execute.add_argument("target", metavar="TARGET")
 
@@ -180,7 +195,7 @@ def _maps(arguments: argparse.Namespace) -> str:
     return "ranges" if arguments.map_ranges else "self"
 
 
-def _options(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> MountOptions:
+def _options(arguments: argparse.Namespace, parser: _Parser) -> MountOptions:
     from fusewire.cli import options
 
     if "help" in arguments.options:
@@ -189,13 +204,13 @@ def _options(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     try:
         parsed = options.parse(arguments.options)
     except options.OptionError as error:
-        parser.exit(2, f"fusewire: {error}\n")
+        parser.exit(parser.wrong, f"fusewire: {error}\n")
     if getattr(arguments, "squash_owner", False):
         parsed.squash_owner = True
     return parsed
 
 
-def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _run(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.run import Run, parse_spec, run
 
     if arguments.options == ["help"]:
@@ -204,12 +219,12 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for item in arguments.env:
         name, equals, value = item.partition("=")
         if not name or not equals:
-            parser.exit(125, f"fusewire: --env {item}: not NAME=VALUE\n")
+            parser.exit(parser.wrong, f"fusewire: --env {item}: not NAME=VALUE\n")
         environment[name] = value
     try:
         specs = [parse_spec(text) for text in arguments.specs]
     except ValueError as error:
-        parser.exit(125, f"fusewire: {error}\n")
+        parser.exit(parser.wrong, f"fusewire: {error}\n")
     command = arguments.command or [os.environ.get("SHELL") or "/bin/sh"]
     job = Run(
         specs,
@@ -228,30 +243,31 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     os._exit(code)
 
 
-def _no_command(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _no_command(arguments: argparse.Namespace, parser: _Parser) -> None:
     if arguments.command:
         parser.exit(2, f"fusewire: {arguments.name} takes no command after --\n")
 
 
-def _mount(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _mount(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.mount import Job, mount
 
     _no_command(arguments, parser)
+    options = _options(arguments, parser)
     return mount(
         Job(
             arguments.source,
             arguments.target,
-            _options(arguments, parser),
+            options,
             strategy=arguments.strategy,
             maps=_maps(arguments),
-            foreground=arguments.foreground,
+            foreground=arguments.foreground or options.debug,  # its standard error is what was asked for
             as_json=arguments.json,
             program=os.environ.get("FUSERMOUNT_PROG"),
         )
     )
 
 
-def _umount(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _umount(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.umount import umount
 
     _no_command(arguments, parser)
@@ -265,37 +281,37 @@ def _umount(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     )
 
 
-def _exec(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _exec(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.umount import execute
 
     execute(arguments.target, arguments.command or [os.environ.get("SHELL") or "/bin/sh"])
 
 
-def _path(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _path(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.umount import path_of
 
     return path_of(arguments.target)
 
 
-def _list(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _list(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.listing import list_mounts
 
     return list_mounts(json=arguments.json)
 
 
-def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _info(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.info import info
 
     return info(arguments.image, offset=_options(arguments, parser).offset, count=arguments.count, json=arguments.json)
 
 
-def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _doctor(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.doctor import doctor
 
     return doctor(json=arguments.json)
 
 
-def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _demo(arguments: argparse.Namespace, parser: _Parser) -> int:
     from fusewire.cli.demo import demo
 
     return demo()

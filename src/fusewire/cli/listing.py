@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from fusewire.cli import state
+from fusewire.cli import control, places, private, state
 from fusewire.linux import mountinfo
 
 TYPE_CHECKING = False
@@ -31,6 +31,9 @@ def list_mounts(json: bool, store: state.Store | None = None) -> int:
     rows, problems = collect(store)
     for problem in problems:
         print(f"fusewire: {shown(str(problem))}", file=sys.stderr)
+    for path in places.left_over(os.environ):
+        name = shown(os.fsdecode(path))
+        print(f"fusewire: {name}: left by a run that was killed; `fusewire umount --all` removes it", file=sys.stderr)
     if json:
         from json import dumps
 
@@ -48,7 +51,9 @@ def collect(store: state.Store) -> tuple[list[dict[str, Any]], list[state.Proble
     answers = _ask_all(records)
     rows = [_row(record, answer) for record, answer in zip(records, answers, strict=True)]
     known = {path for record in records for path in (record.target, record.inside) if path}
-    uid = os.geteuid()
+    # The kernel shows a mount's owner as the namespace knows him that the mount was made in. One without a record that
+    # was made inside a namespace of our own is left out there: outside, somebody else may have that number.
+    uid = private.uid_outside()
     for mount in mountinfo.mounts():
         place = os.fsdecode(mount.mount_point)
         if mount.fstype.startswith(b"fuse.fusewire") and mount.user_id == uid and place not in known:
@@ -64,7 +69,7 @@ def _ask_all(records: list[state.Record]) -> list[dict[str, Any] | str]:
 
     def ask(index: int) -> None:
         try:
-            answers[index] = state.control(records[index].control, {"command": "status"}, _PATIENCE)
+            answers[index] = control.control(records[index].control, {"command": "status"}, _PATIENCE)
         except OSError:
             answers[index] = "no answer" if state.alive(records[index]) else "dead"
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 
-from fusewire.cli import state
+from fusewire.cli import state, supervise
+from fusewire.cli.control import ControlServer
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED
 from fusewire.linux import process
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
     from fusewire.cli.options import MountOptions
     from fusewire.linux.mount_base import Mount
+    from fusewire.ops import Operations
     from fusewire.serve import Server
 
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 _PATIENCE = 5.0
+_GRACE = 0.5
 
 
 class Job:
@@ -66,6 +69,7 @@ def mount(job: Job) -> int:
             return EXIT_FAILED
         return 0
     told, tell = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.ENDING)
     server = os.fork()
     if server == 0:
         os.close(told)
@@ -73,11 +77,13 @@ def mount(job: Job) -> int:
         try:
             # Whatever else the caller has open (a lock, a pipe that somebody reads) must not live as long as a mount.
             process.close_inherited_fds({0, 1, 2, tell, *_named_fds(job)})
-            # Ctrl-C before the mount is ready ends both of us: the signal waits until the server looks for it.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             _Daemon(job).run(tell)
             code = 0
         except OSError as error:
             _say(tell, b"E" + os.fsencode(explain(error)))
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
         except BaseException:  # noqa: BLE001 - the child's last stop
             import traceback
 
@@ -85,19 +91,38 @@ def mount(job: Job) -> int:
         finally:
             os._exit(code)
     os.close(tell)
-    answer = b""
-    while part := os.read(told, 65536):
-        answer += part
+    answer, ended_by = supervise.read_unless_ended(told)
     os.close(told)
     if answer.startswith(b"R"):
         sys.stdout.write(os.fsdecode(answer[1:]))
         return 0
+    if ended_by := ended_by or supervise.pending():
+        _give_up(server)
+        return supervise.leave(ended_by)
     _, status = os.waitpid(server, 0)
     from fusewire.cli.run import describe
 
     text = os.fsdecode(answer[1:]) or f"the server died before the mount was ready ({describe(status)})"
     print(f"fusewire: {text}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _give_up(server: int) -> None:
+    """End a server that has not mounted yet: it may hang, in a source that somebody has lost patience with."""
+    start = process.start_time(server) or 0
+    held = process.hold(server, start)
+    if held is not None:
+        with held:
+            held.kill(signal.SIGTERM)
+            if held.wait(_GRACE):
+                return  # it has undone what it had begun
+            held.kill(signal.SIGKILL)
+            if not held.wait(_GRACE):
+                return  # it hangs in the kernel; `umount` clears up once that has let it go
+    from fusewire.cli import umount
+
+    store = state.of_user(os.environ)
+    umount.umount([record.id for record in store.load_all()[0] if (record.pid, record.starttime) == (server, start)])
 
 
 def _named_fds(job: Job) -> list[int]:
@@ -114,7 +139,7 @@ def _before(target: str) -> dict[str, Any] | None:
     """What is at a target before anything is mounted there, as `Record.created`; None if nobody could mount there."""
     import stat
 
-    from fusewire.linux import mount_base, mountinfo
+    from fusewire.linux import mount_base, mount_namespace, mountinfo
 
     try:
         place = mount_base.locate(os.fsencode(target.rstrip("/") or "/"))
@@ -127,8 +152,14 @@ def _before(target: str) -> dict[str, Any] | None:
     except OSError:  # a dead mount
         return None
     over = mountinfo.at(place)
-    kind = "missing" if mode is None else "empty-directory"
-    return {"kind": kind, "mode": mode, "place": os.fsdecode(place), "mount_id": None if over is None else over.id}
+    return {
+        "kind": "missing" if mode is None else "empty-directory",
+        "mode": mode,
+        "place": os.fsdecode(place),
+        "parent": mount_base.identity(os.stat(os.path.dirname(place))),
+        "aside": os.fsdecode(mount_namespace.aside_name(place)),
+        "mount_id": None if over is None else over.id,
+    }
 
 
 def _say(tell: int, message: bytes) -> None:
@@ -136,6 +167,19 @@ def _say(tell: int, message: bytes) -> None:
         os.write(tell, message)
     except OSError:
         pass  # it has been told already, and the pipe is closed
+
+
+def _first_looker(path: bytes) -> int:
+    """Start the process that looks at the mount first, for its server must not; it ends by itself."""
+    from fusewire.cli.serving import first_look
+
+    looker = os.fork()
+    if looker == 0:
+        try:
+            first_look(path)
+        finally:
+            os._exit(0)
+    return looker
 
 
 class _Daemon:
@@ -150,13 +194,22 @@ class _Daemon:
 
     def run(self, tell: int | None) -> None:
         """Mount, report, serve until the mount is gone, clear up."""
+        from fusewire.fs.sources import open_source
+
         control = None
         process.allow_owner()
+        # A source may hang as long as it likes, so that any of these signals ends us: nothing has been made yet. From
+        # then on they wait until we look for them.
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        if callable(on_interrupt):  # Python's own, which would wait for what hangs
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        filesystem = open_source(self.job.source, self.job.options)
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        signal.signal(signal.SIGINT, on_interrupt)
         try:
-            report = self._begin()
+            report = self._begin(filesystem)
             assert self.record is not None
-            control = state.ControlServer(self.record.control, {"status": self._status, "umount": self._umount})
+            control = ControlServer(self.record.control, {"status": self._status, "umount": self._umount})
             control.start()
             if tell is None:
                 sys.stdout.write(report)
@@ -170,17 +223,15 @@ class _Daemon:
             self._clear_up()
             if control is not None:
                 control.close()
-            if self.record is not None:
-                self.store.remove(self.record)
+            if self.record is not None and not (self.mount is not None and self.mount.stays):
+                self.store.remove(self.record)  # else `umount` does it, or it is listed as dead
 
-    def _begin(self) -> str:
+    def _begin(self, filesystem: Operations) -> str:
         from fusewire.cli.run import plan_of
-        from fusewire.cli.serving import kernel_options, make_server, tune_process
-        from fusewire.fs.sources import open_source
+        from fusewire.cli.serving import kernel_options, make_server, speak_ids, tune_process
         from fusewire.linux import mount
 
         job = self.job
-        filesystem = open_source(job.source, job.options)
         target = job.target if job.target.startswith("/") else os.path.join(os.getcwd(), job.target)
         self.record = record = self.store.create(
             job.source, job.target, options=job.options.given, created=_before(target)
@@ -194,14 +245,19 @@ class _Daemon:
             private=os.fsencode(record.mount_point),
             plan=None if job.maps == "self" else plan_of(job.maps),
             program=job.program,
+            aside=None if record.created is None else os.fsencode(record.created["aside"]),
         )
         tune_process()
+        speak_ids(filesystem, os.getpid())
         self.server = server = make_server(filesystem, held.fd, job.options)
         server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+        looker = 0 if filesystem.read_only else _first_looker(held.inside)
         server.start()
         if not server.wait_ready():
             server.wait()
             raise OSError(errno.EIO, "the mount ended before it was ready")
+        if looker:
+            os.waitpid(looker, 0)
         record.strategy = held.strategy
         record.outside = None if held.outside is None else os.fsdecode(held.outside)
         record.inside = os.fsdecode(held.inside)
@@ -262,7 +318,7 @@ class _Daemon:
         assert self.mount is not None
         lazy = bool(request.get("lazy"))
         self.mount.unmount(lazy=lazy)
-        if not lazy or self.mount.strategy == "fd":
+        if not lazy or self.mount.strategy == "fd" or self.mount.stays:
             os.kill(os.getpid(), signal.SIGUSR1)
         elif self.record is not None:
             # Out of sight, and off the record; we serve those who have something open until they are done.
@@ -280,6 +336,8 @@ class _Daemon:
         except OSError as error:
             patience = 0.0
             print(f"fusewire: {explain(error)}", file=sys.stderr)
+        if self.mount.stays:
+            patience = 0.0
         if self.server is not None and not self.server.wait_end(patience):
             self.server.session.close()
         self.mount.close()

@@ -234,9 +234,10 @@ def _valued(name: str, value: str, convert: Callable[[str], Value], text: str) -
     return _Row(name, text, value=value, convert=convert)
 
 
+_NOTHING = "; no effect on a read-only image"
 _ACCESS = (
     _Row("ro", "read-only; an image always is", set=MS_RDONLY),
-    _Row("rw", "for reading and writing, where the filesystem can", clear=MS_RDONLY),
+    _Row("rw", "for reading and writing" + _NOTHING, clear=MS_RDONLY),
     _flag(
         "allow_other", "other users get in (a namespace mount: only those inside)", allow_other=True, allow_root=False
     ),
@@ -275,23 +276,38 @@ _SOURCE = (
 _LIFE = (
     _flag("auto_unmount", "unmounted when the server ends, however it ends", auto_unmount=True),
     _valued("timeout", "SECONDS", _seconds, "unmounted after so long without use (default 0: never)"),
-    _flag("debug", "every request and its answer go to standard error; `mount` stays there (-f)", debug=True),
+    _flag("debug", "every request and its answer go to standard error; implies `mount -f`", debug=True),
 )
 _CACHING = (
     _valued("cache_size", "BYTES", _size(0, 1 << 40), "most memory for unpacked blocks (default 64M)"),
     _valued("entry_timeout", "SECONDS", _seconds, "how long the kernel keeps names"),
     _valued("attr_timeout", "SECONDS", _seconds, "how long it keeps attributes"),
     _valued("negative_timeout", "SECONDS", _seconds, "how long it keeps that a name is missing"),
-    _valued("ac_attr_timeout", "SECONDS", _seconds, "accepted for libfuse's sake"),
-    _flag("kernel_cache", "file contents stay cached when a file is opened again", kernel_cache=True, auto_cache=False),
-    _flag("auto_cache", "they stay unless size or time changed", kernel_cache=False, auto_cache=True),
+    _valued("ac_attr_timeout", "SECONDS", _seconds, "for libfuse's sake" + _NOTHING),
+    _flag(
+        "kernel_cache",
+        "contents stay cached when opened again" + _NOTHING,
+        kernel_cache=True,
+        auto_cache=False,
+    ),
+    _flag(
+        "auto_cache",
+        "they stay unless size or time changed" + _NOTHING,
+        kernel_cache=False,
+        auto_cache=True,
+    ),
 )
 _REQUESTS = (
     _valued("max_threads", "N", _whole(1, 1024), "worker threads"),
-    _valued("max_idle_threads", "N", _whole(-1, 1 << 31), "accepted for libfuse's sake: idle workers cost nothing"),
+    _valued(
+        "max_idle_threads",
+        "N",
+        _whole(-1, 1 << 31),
+        "for libfuse's sake" + _NOTHING,
+    ),
     _flag("clone_fd", "each worker gets a /dev/fuse descriptor of its own", clone_fd=True),
     _valued("max_read", "BYTES", _size(0, (1 << 32) - 1), "largest read request (0: no limit)"),
-    _valued("max_write", "BYTES", _size(4096, 1 << 20), "largest write request"),
+    _valued("max_write", "BYTES", _size(4096, 1 << 20), "largest write request" + _NOTHING),
     _valued("max_readahead", "BYTES", _size(0, (1 << 32) - 1), "how far the kernel reads ahead"),
     _valued("max_background", "N", _whole(1, 65535), "asynchronous requests at a time"),
     _valued("congestion_threshold", "N", _whole(1, 65535), "from how many of them on the kernel holds back"),
@@ -344,7 +360,7 @@ _DIRECTORY = (
     _Row("translate_gid", "the same for groups", value="RULE", directory=True, convert=_name(200)),
     _Row(
         "passthrough",
-        "the kernel reads and writes the files itself: auto (default) or off",
+        "auto (default; the kernel reads and writes itself, if it may) or off",
         value="WHEN",
         directory=True,
         convert=_choice("auto", "off"),

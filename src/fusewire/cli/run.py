@@ -14,7 +14,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import sys
+import time
 
 from fusewire.cli import supervise
 from fusewire.linux import process
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from fusewire.linux.shadow import Shadow
     from fusewire.linux.userns import Plan
     from fusewire.serve import Server
+
+
+_PATIENCE = 1.0  # seconds that a killed process may take to end; one that hangs in the kernel takes longer
+_FAREWELL = 5.0  # seconds that the server may take to stop serving
 
 
 class Spec:
@@ -105,6 +111,7 @@ def run(job: Run) -> int:
         process.become_subreaper()
     report, ended_by = supervise.read_unless_ended(complaints)
     failure = parse_report(report)
+    made = [field[1:] for field in report.split(b"\0") if field.startswith(b"M")]
     os.close(complaints)
     try:
         if failure is not None:
@@ -118,18 +125,14 @@ def run(job: Run) -> int:
         else:
             status = _supervise(job, command, server)
     finally:
-        remove_places(job.specs)
+        remove_places(job.specs, made)
     return supervise.EXIT_FAILED if status is None else supervise.leave(status)
 
 
 def _give_up(command: int, server: int) -> None:
     """End both before the command has begun. The server may hang, in a source that somebody has lost patience with."""
     _end(command, signal.SIGKILL)
-    held = process.hold(server, process.start_time(server) or 0)
-    if held is not None:
-        with held:
-            held.kill(signal.SIGKILL)
-            held.wait(1.0)
+    _end(server, signal.SIGKILL)
 
 
 def _supervise(job: Run, command: int, server: int) -> int | None:
@@ -149,40 +152,51 @@ def _supervise(job: Run, command: int, server: int) -> int | None:
     if lost:
         end_namespace(namespace)
         if status == -1:
-            os.waitpid(command, 0)
+            _end(command, signal.SIGKILL)
         return None
-    _end(server, signal.SIGTERM)
+    _end(server, signal.SIGTERM, _FAREWELL)
     return status
 
 
 def parse_report(report: bytes) -> Refused | None:
-    """Read what a child has said on its pipe: b"E", an exit status, a space, a text and NUL, for why it failed."""
-    field, nul, _ = report.partition(b"\0")
-    if not nul:
-        return None
-    code, _, text = os.fsdecode(field[1:]).partition(" ")
-    return Refused(text, int(code))
+    """Read what a child has said on its pipe: b"E", an exit status, a space, a text and NUL, for why it failed.
+
+    Other fields are b"M", the path of a directory that it is about to make on the host, and NUL.
+    """
+    for field in report.split(b"\0")[:-1]:
+        if field.startswith(b"E"):
+            code, _, text = os.fsdecode(field[1:]).partition(" ")
+            return Refused(text, int(code))
+    return None
 
 
 # Mount points on the host. Runs at the same time may well share one: rmdir(2) would take it away from the others too,
 # for since Linux 3.18 it detaches what is mounted there in other namespaces (mount_namespaces(7)). So whoever mounts
 # on a directory holds a shared flock(2) on it, and only one who gets it exclusively removes it. That is the last one,
-# who need not have made it: a mode that nobody else uses tells that some run did. It also tells it to those who clear
-# up after a run that was killed before it could say what it had made.
-_MADE = 0o1755
+# who need not have made it: what some run has made is noted where each run of the user finds it (places.py).
+MADE = 0o1755  # the mode of such a directory, which tells at a glance what may be noted
+
+
+def _announce(complain: int, directory: bytes) -> None:
+    """Tell the supervisor what is about to be made: it may have to end us before that is noted, or could be."""
+    from fusewire.cli import places  # noqa: F401 - loaded now, so that as little as possible comes in between
+
+    os.write(complain, b"M" + directory + b"\0")
 
 
 def _make(places: Shadow, target: bytes) -> bytes:
-    """Make a mount point and mark what was made on the host for it; other runs may remove parts of it meanwhile."""
-    marked = len(places.made)  # they may be covered by a mount of ours by now; what is made anew comes first
+    """Make a mount point and note what was made on the host for it; other runs may remove parts of it meanwhile."""
+    noted = len(places.made)  # they may be covered by a mount of ours by now; what is made anew comes first
     for _ in range(100):
         try:
             path = places.make(target)
         except FileNotFoundError:
             continue
-        for directory in places.made[: len(places.made) - marked]:
+        for directory in places.made[: len(places.made) - noted]:
+            from fusewire.cli.places import note
+
             try:
-                os.chmod(directory, _MADE)
+                note(directory, os.environ)
             except FileNotFoundError:
                 continue
         return path
@@ -220,30 +234,26 @@ def _claim(places: Shadow, target: bytes, nested: bool) -> tuple[bytes, list[int
     raise FileNotFoundError(errno.ENOENT, "other runs keep removing the mount point", target)
 
 
-def remove_places(specs: list[Spec]) -> None:
-    """Remove what runs have made on the host for these mount points, where it is empty and no other run uses it."""
-    import fcntl
+def remove_places(specs: list[Spec], made: list[bytes]) -> None:
+    """Remove what runs have made on the host for these mount points, where it is empty and no other run uses it.
 
+    made: what this run was about to make.
+    """
     for spec in specs:
         path = os.path.realpath(os.fsencode(spec.target))
-        while path != b"/":
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                path = os.path.dirname(path)
-                continue
-            except OSError:
-                break
-            try:
-                info = os.fstat(fd)
-                if info.st_mode & 0o7777 != _MADE or info.st_uid != os.geteuid():
-                    break
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.rmdir(path)
-            except OSError:
-                break
-            finally:
-                os.close(fd)
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        try:
+            marked = stat.S_IMODE(os.lstat(path).st_mode) == MADE
+        except OSError:
+            continue
+        if marked or made:
+            from fusewire.cli import places
+
+            places.sweep(os.environ)
+            for directory in sorted(made, key=len, reverse=True):  # what was not noted, for whatever reason
+                places.remove(directory)
+            return
 
 
 def describe(status: int) -> str:
@@ -261,28 +271,42 @@ def _mount_namespace(pid: int) -> str:
 
 
 def end_namespace(namespace: str) -> None:
-    """Kill every process of the user's in the mount namespace `namespace` ("mnt:[inode]"), until none is left."""
+    """Kill every process of the user's in the mount namespace `namespace` ("mnt:[inode]"), until none is left.
+
+    One that is stuck in the kernel, waiting for another filesystem (D state), ends when that answers: it is told once.
+    """
     if not namespace or namespace == os.readlink("/proc/self/ns/mnt"):
         return
-    found = True
-    while found:
-        found = False
-        for name in os.listdir("/proc"):
-            if name.isdigit() and _mount_namespace(int(name)) == namespace:
-                stat = process.stat(int(name))
-                if stat is None or stat.state == "Z":
-                    continue
-                try:
-                    os.kill(int(name), signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    continue
-                found = True
+    told: set[tuple[int, int]] = set()
+    while True:
+        found = []
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+            if _mount_namespace(pid) != namespace or (pid, start := process.start_time(pid) or 0) in told:
+                continue
+            held = process.hold(pid, start)
+            if held is None:
+                continue
+            told.add((pid, start))
+            try:
+                held.kill(signal.SIGKILL)
+                found.append(held)
+            except PermissionError:
+                held.close()
+        if not found:
+            return
+        deadline = time.monotonic() + _PATIENCE
+        for held in found:
+            with held:
+                held.wait(max(0.0, deadline - time.monotonic()))
 
 
-def _end(pid: int, number: int) -> None:
+def _end(pid: int, number: int, seconds: float = _PATIENCE) -> None:
+    """Signal a child and wait for its end, unless it hangs: nobody can end it then before that is over."""
+    deadline = time.monotonic() + seconds
     try:
         os.kill(pid, number)
-        os.waitpid(pid, 0)
+        while os.waitpid(pid, os.WNOHANG)[0] == 0 and (left := deadline - time.monotonic()) > 0:
+            signal.sigtimedwait({signal.SIGCHLD}, left)  # it is held back, as all that the supervisor waits for
     except (ProcessLookupError, ChildProcessError):
         pass
 
@@ -293,17 +317,13 @@ def _hand_over(socket: int, note: bytes, fds: list[int]) -> None:
         process.send_fds(socket, note, fds)
     except BrokenPipeError:
         pass  # the server has ended already, and what it had to say is waiting to be read
-    answer = b""
-    while answer != b"R":
-        try:
-            part = os.read(socket, 65536)
-        except ConnectionResetError:
-            break  # it has ended without reading what we sent
-        if not part:
-            break
-        answer += part
+    try:
+        answer = os.read(socket, 1)
+    except ConnectionResetError:  # it has ended without reading what we sent
+        answer = b""
     if answer != b"R":
-        raise parse_report(answer) or Refused("the server of the mounts died before they were ready")
+        report = answer + process.read_all(socket)
+        raise parse_report(report) or Refused("the server of the mounts died before they were ready")
 
 
 def is_nested(spec: Spec, specs: list[Spec]) -> bool:
@@ -371,7 +391,7 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
                 end_namespace(os.fsdecode(name))
             for fd in locks:
                 os.close(fd)
-            remove_places(job.specs)
+            remove_places(job.specs, [])
 
 
 def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes], locks: list[int]) -> None:
@@ -379,7 +399,7 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
 
     What the command's side tells of its namespace and its mount points is added to the lists.
     """
-    from fusewire.cli.serving import make_server, tune_process
+    from fusewire.cli.serving import make_server, speak_ids, tune_process
     from fusewire.fs.sources import open_source
 
     try:
@@ -393,8 +413,10 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
         data, fds = process.recv_fds(socket, 65536, 2)
         if not fds:
             return  # the command's side failed and has said so
-        namespace.append(data)
+        name, _, pid = data.partition(b" ")
+        namespace.append(name)
         locks += fds[1:]
+        speak_ids(filesystem, int(pid))
         server = make_server(filesystem, fds[0], job.options, (0, 0) if "root" in job.maps else None)
         # A thread that waits for a lock does not hear a signal that another one takes: the main thread waits for the
         # signal itself, and each server that ends sends one.
@@ -422,7 +444,7 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
 def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], complain: int) -> None:
     """Make the namespaces and the mounts, wait until they are served, and become the command."""
     process.set_pdeathsig(signal.SIGKILL, supervisor)
-    from fusewire.cli.serving import kernel_options
+    from fusewire.cli.serving import first_look, kernel_options
     from fusewire.linux import mount, shadow, syscalls, userns
 
     plan = plan_of(job.maps)
@@ -436,9 +458,9 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     userns.enter(plan, syscalls.CLONE_NEWPID if job.own_pids else 0)
     # The kernel clears the death signal when a process's ids or capabilities change (prctl(2)).
     process.set_pdeathsig(signal.SIGKILL, supervisor)
-    namespace = os.fsencode(os.readlink("/proc/self/ns/mnt"))
+    namespace = os.fsencode(f"{os.readlink('/proc/self/ns/mnt')} {os.readlink('/proc/self')}")
     umask = process.allow_owner()
-    places = shadow.Shadow()
+    places = shadow.Shadow(lambda directory: _announce(complain, directory), MADE)
     # Together, where they do not depend on each other: one cover for many targets in one directory.
     for spec in job.specs:
         if not is_nested(spec, job.specs):
@@ -447,6 +469,7 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
         target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
         held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
         _hand_over(socket, namespace, [held.fd, *lock])
+        first_look(target)
         held.close()
         for fd in lock:
             os.close(fd)

@@ -5,6 +5,7 @@ Layer `cli`.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from fusewire.linux.mount_base import Options
@@ -32,7 +33,13 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     # An image is read-only; the flag makes the kernel say so by itself.
     from fusewire.linux.syscalls import MS_RDONLY
 
-    read_only = 0 if os.path.isdir(source) else MS_RDONLY
+    directory = os.path.isdir(source)
+    if directory and allow_other and not default_permissions:
+        raise OSError(
+            errno.EINVAL,
+            f"{source} is a directory: with allow_other and no_default_permissions nobody would check permissions",
+        )
+    read_only = 0 if directory else MS_RDONLY
 
     return Options(
         fsname=os.fsencode(options.fsname or os.path.abspath(source)),
@@ -44,6 +51,25 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
         max_read=options.max_read,
         auto_unmount=options.auto_unmount,
     )
+
+
+def speak_ids(filesystem: Operations, pid: int) -> None:
+    """Have a filesystem of the host's files speak the ids of the user namespace that process `pid` is in."""
+    serve_namespace = getattr(filesystem, "serve_namespace", None)
+    if serve_namespace is not None:
+        serve_namespace(pid)
+
+
+def first_look(path: bytes) -> None:
+    """Have the kernel ask for the attributes of a mount's root; for a process that does not serve it.
+
+    Until then it takes the root for a directory of user 0, whom a namespace may not know: nobody could make anything
+    in it (inode_permission, EACCES).
+    """
+    try:
+        os.stat(path)
+    except OSError:
+        pass  # a mount that this process may not enter; whoever may will see
 
 
 def tune_process() -> None:

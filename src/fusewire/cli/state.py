@@ -1,4 +1,4 @@
-"""What is known of mounts that live in the background, and the socket over which their servers are asked.
+"""What is known of mounts that live in the background.
 
 Layer: cli. One directory per mount, `<root>/<id>/`, with state.json, control.sock and `mnt`, an empty directory to
 mount on privately. Nothing here looks into a mount or waits for one; nothing follows a symlink below the root, and
@@ -7,37 +7,26 @@ nothing that is not ours is removed. json and threading are loaded where they ar
 
 from __future__ import annotations
 
-import _socket
 import errno
 import os
-import select
 import stat
-import struct
 import time
 
+from fusewire.cli import private
 from fusewire.linux import process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
-
-    Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 VERSION = 1
 STATE = "state.json"
 SOCKET = "control.sock"
 MOUNT_POINT = "mnt"
 _OURS = (SOCKET, STATE)  # and the temporary files of STATE
+_NOTE = "made-"  # the notes of runs are beside the records: places.py
 _LARGEST = 1 << 20
-_LINE = 1 << 16
-_CLIENTS = 32
-_PATIENCE = 5.0  # seconds that a client may take over its one line
-_SUN_PATH = 107
-_WAY_OUT = "set XDG_RUNTIME_DIR to a directory of yours (mode 700) that has room"
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
 
 _TEXT = (str, type(None))
 _DICT = (dict, type(None))
@@ -63,8 +52,9 @@ _FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
 class Record:
     """One mount. Paths are absolute; `mounted_at` is seconds since the epoch, `starttime` clock ticks since boot.
 
-    created: what was at the target before, {"place": its path without symlinks, "kind": "missing" |
-    "empty-directory", "mode": int | None, "mount_id": of what was mounted there, or None}. mount: what
+    created: what was at the target before, {"place": its path without symlinks, "parent": the identity of the
+    directory that it is in, "kind": "missing" | "empty-directory", "mode": int | None, "aside": the name by which an
+    empty directory is kept while a link is in its place, "mount_id": of what was mounted there, or None}. mount: what
     `fusewire.linux.mount.clean_up` needs when the server is dead. pidns: the PID namespace that `pid` is a number of.
     directory: where this record lives; it is not written into it.
     """
@@ -133,42 +123,6 @@ class Problem:
         return f"{self.directory}: {self.reason}"
 
 
-def roots(environ: Mapping[str, str]) -> list[str]:
-    """Where this user's records are: the first is for new ones, all of them are searched.
-
-    One user's shells do not all have the same XDG_RUNTIME_DIR: cron, su and ssh into a container have none.
-    """
-    uid = _uid_outside()
-    own = environ.get("XDG_RUNTIME_DIR", "")
-    shared = f"/tmp/fusewire-{uid}"  # noqa: S108  checked whenever it is opened
-    usual = f"/run/user/{uid}"
-    first = [os.path.join(own, "fusewire")] if _is_ours(own) else []
-    more = [os.path.join(usual, "fusewire")] if usual != own and _is_ours(usual) else []
-    return [*first, shared, *more]
-
-
-def _uid_outside() -> int:
-    """This user's id outside of the user namespace: root of one must not take the real root's directory for its own."""
-    uid = os.geteuid()
-    try:
-        with open("/proc/self/uid_map", "rb") as file:
-            for line in file:
-                inside, outside, count = map(int, line.split())
-                if inside <= uid < inside + count:
-                    return outside + uid - inside
-    except (OSError, ValueError):
-        pass
-    return uid
-
-
-def _is_ours(path: str) -> bool:
-    try:
-        info = os.stat(path)
-    except OSError:
-        return False
-    return path.startswith("/") and stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid()
-
-
 def place(path: str) -> str:
     """The absolute path of a name whose parent is resolved: the name itself may be a dangling symlink, or hang.
 
@@ -191,7 +145,9 @@ def alive(record: Record) -> bool:
     """False if the server is surely dead. A pid of another PID namespace says nothing: there the socket is asked."""
     if not is_near(record):
         try:
-            _connect(record.control, _PATIENCE).close()
+            from fusewire.cli import control
+
+            control.connect(record.control).close()
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
@@ -226,7 +182,7 @@ class Store:
         Raises OSError that names the directory and the way out; nothing is left behind then.
         """
         path = self.roots[0]
-        root = _open_root(path, make=True)
+        root = private.open_root(path, make=True)
         name = ""
         lock: int | None = None
         try:
@@ -237,6 +193,10 @@ class Store:
                     lock = _lock(root, name)
                 except FileExistsError:
                     name = ""
+                except FileNotFoundError:  # a run that had noted something there has just removed it
+                    name = ""
+                    os.close(root)
+                    root = private.open_root(path, make=True)
             os.mkdir(f"{name}/{MOUNT_POINT}", 0o700, dir_fd=root)
             fields = {"source": os.path.abspath(source), "mounted_at": time.time()} | fields
             fields["target"] = None if target is None else place(target)
@@ -246,7 +206,7 @@ class Store:
         except OSError as error:
             if name:
                 _clear(root, name)
-            raise OSError(error.errno, f"cannot note the mount: {error.strerror}; {_WAY_OUT}", path) from error
+            raise OSError(error.errno, f"cannot note the mount: {error.strerror}; {private.WAY_OUT}", path) from error
         finally:
             os.close(root)
             if lock is not None:
@@ -258,12 +218,12 @@ class Store:
 
         Raises OSError that names the directory and the way out; the old record is still there then.
         """
-        root = _open_root(os.path.dirname(record.directory))
+        root = private.open_root(os.path.dirname(record.directory))
         try:
             _write(root, record)
         except OSError as error:
             raise OSError(
-                error.errno, f"cannot note the mount: {error.strerror}; {_WAY_OUT}", record.directory
+                error.errno, f"cannot note the mount: {error.strerror}; {private.WAY_OUT}", record.directory
             ) from error
         finally:
             os.close(root)
@@ -277,7 +237,7 @@ class Store:
         problems: list[Problem] = []
         for path in self.roots:
             try:
-                root = _open_root(path)
+                root = private.open_root(path)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -290,6 +250,8 @@ class Store:
                 continue
             try:
                 for name in sorted(os.listdir(root)):
+                    if name.startswith(_NOTE):
+                        continue
                     directory = os.path.join(path, name)
                     try:
                         records.append(_read(root, name, directory))
@@ -321,7 +283,7 @@ class Store:
         Raises OSError: EBUSY if something is still mounted on its `mnt`, ENOTEMPTY if somebody else put files there.
         """
         directory, name = os.path.split(record.directory)
-        root = _open_root(directory)
+        root = private.open_root(directory)
         try:
             _remove(root, name)
         except FileNotFoundError:
@@ -339,50 +301,14 @@ class Store:
 
 def of_user(environ: Mapping[str, str]) -> Store:
     """The store of this user: $XDG_RUNTIME_DIR/fusewire if that names a directory of the user, else in /tmp."""
-    return Store(roots(environ))
-
-
-def _open_root(path: str, make: bool = False) -> int:
-    """A descriptor of a private directory: whatever the path names later, it stays the one that was checked."""
-    if make:
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot make a directory for the state of mounts: {error.strerror}; {_WAY_OUT}", path
-            ) from error
-    try:
-        fd = os.open(path, _DIRECTORY)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = "it is a symlink" if os.path.islink(path) else str(error.strerror)
-        raise _untrusted(error.errno or errno.EIO, reason, path) from error
-    info = os.fstat(fd)
-    refusal = ""
-    if info.st_uid != os.geteuid():
-        refusal = f"it belongs to user {info.st_uid}"
-    elif info.st_mode & 0o077:
-        refusal = f"others may get at it (mode {stat.S_IMODE(info.st_mode):03o})"
-    if refusal:
-        os.close(fd)
-        raise _untrusted(errno.EPERM, refusal, path)
-    return fd
-
-
-def _untrusted(number: int, reason: str, path: str) -> OSError:
-    return OSError(
-        number, f"the directory for the state of mounts cannot be used: {reason}; remove it, or {_WAY_OUT}", path
-    )
+    return Store(private.roots(environ))
 
 
 def _write(root: int, record: Record) -> None:
     import json
 
     data = memoryview(json.dumps(_converted(record.as_dict(), _as_utf8), indent=1).encode() + b"\n")
-    directory = os.open(record.id, _DIRECTORY, dir_fd=root)
+    directory = os.open(record.id, private.DIRECTORY, dir_fd=root)
     temporary = f"{STATE}.{os.urandom(4).hex()}"
     try:
         fd = os.open(
@@ -425,7 +351,7 @@ def _lock(root: int, name: str) -> int | None:
     """The lock on a directory in which there is no record yet, held by who makes one; None if somebody else has it."""
     import fcntl
 
-    fd = os.open(name, _DIRECTORY, dir_fd=root)
+    fd = os.open(name, private.DIRECTORY, dir_fd=root)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -465,7 +391,7 @@ def _read(root: int, name: str, path: str) -> Record:
     """One record. Raises OSError, or ValueError that says what is wrong with it."""
     import json
 
-    directory = os.open(name, _DIRECTORY, dir_fd=root)
+    directory = os.open(name, private.DIRECTORY, dir_fd=root)
     try:
         fd = os.open(STATE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -495,7 +421,7 @@ def _read(root: int, name: str, path: str) -> Record:
 
 
 def _remove(root: int, name: str) -> None:
-    directory = os.open(name, _DIRECTORY, dir_fd=root)
+    directory = os.open(name, private.DIRECTORY, dir_fd=root)
     try:
         if os.fstat(directory).st_uid != os.geteuid():
             raise PermissionError(errno.EPERM, "it is not ours")
@@ -518,248 +444,3 @@ def _clear(root: int, name: str) -> None:
         _remove(root, name)
     except OSError:  # the error that made us clear up is the one to tell
         return
-
-
-# --- The control socket: one JSON line asks, one answers.
-
-
-def _address(path: str) -> tuple[str, int]:
-    """A name for a socket that fits in sun_path (108 bytes, unix(7)), and the descriptor that it goes through or -1."""
-    if len(os.fsencode(path)) <= _SUN_PATH:
-        return path, -1
-    directory, name = os.path.split(path)
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return f"/proc/self/fd/{fd}/{name}", fd
-
-
-def _connect(path: str, timeout: float) -> _socket.socket:
-    short, fd = _address(path)
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    done = False
-    try:
-        # A socket with Python's timeout gets EAGAIN at once while the server's queue is full; with the kernel's own
-        # it waits for room (unix_stream_connect).
-        whole = int(timeout)
-        sock.setsockopt(
-            _socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("ll", whole, int((timeout - whole) * 1e6) or 1)
-        )
-        sock.connect(short)
-        sock.settimeout(timeout)
-        done = True
-    finally:
-        if not done:
-            sock.close()
-        if fd >= 0:
-            os.close(fd)
-    return sock
-
-
-def control(path: str, request: dict[str, Any], timeout: float = _PATIENCE) -> dict[str, Any]:
-    """Ask the server behind a control socket; its answer has "ok", and "error" where that is false.
-
-    timeout: seconds for all of it. Raises OSError: ECONNREFUSED or ENOENT if the server is gone, ETIMEDOUT if it does
-    not answer, ECONNRESET if it ended meanwhile, EPROTO if the answer is none.
-    """
-    import json
-
-    deadline = time.monotonic() + timeout
-    answer = bytearray()
-    try:
-        sock = _connect(path, timeout)
-        try:
-            sock.sendall(json.dumps(request).encode() + b"\n")
-            while not answer.endswith(b"\n") and len(answer) <= _LARGEST:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError
-                sock.settimeout(left)
-                part = sock.recv(_LINE)
-                if not part:
-                    raise ConnectionResetError(errno.ECONNRESET, "the server ended without an answer", path)
-                answer += part
-        finally:
-            sock.close()
-    except (TimeoutError, BlockingIOError):  # EAGAIN: its queue of connections is full
-        raise TimeoutError(errno.ETIMEDOUT, f"the server gave no answer within {timeout:g} s", path) from None
-    except (ConnectionRefusedError, FileNotFoundError) as error:
-        raise OSError(error.errno, "the server is gone", path) from None
-    except BrokenPipeError:
-        raise ConnectionResetError(errno.ECONNRESET, "the server ended without an answer", path) from None
-    try:
-        found = json.loads(bytes(answer))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise OSError(errno.EPROTO, "the server's answer is not one", path)
-    return found
-
-
-class _Client:
-    __slots__ = ("deadline", "line", "sock")
-
-    def __init__(self, sock: _socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.deadline = deadline
-        self.line = bytearray()
-
-
-class ControlServer:
-    """Answers on a control socket, one thread for all clients: none that is silent or slow keeps another waiting.
-
-    `handlers` maps a command to a function of the whole request whose dict is the answer; what it raises as OSError
-    is answered as a failure. Handlers run one at a time. Only the same user and root are answered; in a user
-    namespace that maps no other ids, root outside is nobody.
-    """
-
-    __slots__ = ("_clients", "_handlers", "_listener", "_thread", "_wake", "path")
-
-    def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
-        """Take the name `path` and listen; clients wait until `start`."""
-        self.path = path
-        self._handlers = handlers
-        self._clients: dict[int, _Client] = {}
-        self._thread: threading.Thread | None = None
-        self._wake = -1
-        self._listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        done = False
-        fd = -1
-        try:
-            short, fd = _address(path)
-            self._listener.bind(short)
-            os.chmod(short, 0o600)
-            self._listener.listen(_CLIENTS)
-            self._listener.setblocking(False)
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            done = True
-        except OSError as error:
-            raise OSError(error.errno, f"cannot make the control socket: {error.strerror}", path) from error
-        finally:
-            if not done:
-                self._listener.close()
-            if fd >= 0:
-                os.close(fd)
-
-    def start(self) -> None:
-        """Begin to answer, on a daemon thread. Raises OSError(EAGAIN) if the system allows no more threads."""
-        import threading
-
-        thread = threading.Thread(target=self._serve, name="control", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            raise OSError(
-                errno.EAGAIN, f"{error}: the limit of processes (`ulimit -u`) or of memory (`ulimit -v`) is reached"
-            ) from error
-        self._thread = thread
-
-    def close(self) -> None:
-        """Stop, after the answer that is being given, and give up the name. A server calls this before it ends."""
-        import threading
-
-        if self._wake < 0:
-            return
-        os.eventfd_write(self._wake, 1)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(_PATIENCE)
-        try:
-            os.unlink(self.path)
-        except OSError:  # gone with its directory, or a filesystem that went away
-            pass
-        if self._thread is None:
-            self._end()
-
-    def _end(self) -> None:
-        for client in self._clients.values():
-            client.sock.close()
-        self._clients.clear()
-        self._listener.close()
-        wake, self._wake = self._wake, -1
-        if wake >= 0:
-            os.close(wake)
-
-    def _serve(self) -> None:
-        watch = select.poll()
-        watch.register(self._wake, select.POLLIN)
-        watch.register(self._listener.fileno(), select.POLLIN)
-        try:
-            while True:
-                now = time.monotonic()
-                for late in [c for c in self._clients.values() if c.deadline <= now]:
-                    self._drop(late, watch)
-                wait = min((c.deadline - now for c in self._clients.values()), default=None)
-                for fd, _ in watch.poll(None if wait is None else wait * 1000 + 1):
-                    if fd == self._wake:
-                        return
-                    if fd == self._listener.fileno():
-                        self._accept(watch)
-                    elif client := self._clients.get(fd):  # not one that had to make room just now
-                        self._hear(client, watch)
-        finally:
-            self._end()
-
-    def _accept(self, watch: select.poll) -> None:
-        try:
-            fd = self._listener._accept()[0]  # type: ignore[attr-defined]  # socket.accept is made of it
-        except OSError:  # the client has gone again; or we have no descriptors left, and other clients will end
-            return
-        sock = _socket.socket(fileno=fd)
-        if len(self._clients) >= _CLIENTS:
-            self._drop(min(self._clients.values(), key=lambda c: c.deadline), watch)
-        sock.setblocking(False)
-        self._clients[fd] = _Client(sock, time.monotonic() + _PATIENCE)
-        watch.register(fd, select.POLLIN)
-
-    def _drop(self, client: _Client, watch: select.poll) -> None:
-        fd = client.sock.fileno()
-        watch.unregister(fd)
-        del self._clients[fd]
-        client.sock.close()
-
-    def _hear(self, client: _Client, watch: select.poll) -> None:
-        try:
-            part = client.sock.recv(_LINE)
-        except BlockingIOError:
-            return
-        except OSError:
-            part = b""
-        client.line += part
-        line, newline, _ = bytes(client.line).partition(b"\n")
-        if part and not newline and len(client.line) < _LINE:
-            return
-        if newline or part:
-            self._answer(client, line if newline else b"")
-        self._drop(client, watch)
-
-    def _answer(self, client: _Client, line: bytes) -> None:
-        import json
-
-        answer = self._reply(client, line)
-        client.sock.settimeout(1.0)  # its socket buffer takes any answer of ours at once
-        try:
-            client.sock.sendall(json.dumps(answer).encode() + b"\n")
-        except OSError:  # it does not want the answer any more
-            return
-
-    def _reply(self, client: _Client, line: bytes) -> dict[str, Any]:
-        import json
-
-        credentials = client.sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, struct.calcsize("3i"))
-        uid = struct.unpack("iII", credentials)[1]
-        if uid not in (0, os.geteuid()):
-            return {"ok": False, "error": f"user {uid} may not control a mount of user {os.geteuid()}", "errno": 1}
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):
-            return {"ok": False, "error": "not a request: one JSON object in one line is", "errno": errno.EINVAL}
-        handler = self._handlers.get(str(request.get("command")))
-        if handler is None:
-            known = ", ".join(sorted(self._handlers))
-            return {"ok": False, "error": f"unknown command; known are {known}", "errno": errno.ENOSYS}
-        try:
-            return {"ok": True} | handler(request)
-        except OSError as error:
-            return {"ok": False, "error": str(error.strerror or error), "errno": error.errno or errno.EIO}
-        except Exception as error:  # noqa: BLE001  this thread's guard: the mount must stay controllable
-            return {"ok": False, "error": f"{type(error).__name__}: {error}", "errno": errno.EIO}

@@ -44,6 +44,17 @@ def block() -> set[signal.Signals]:
     return {number for number in before if isinstance(number, signal.Signals)}
 
 
+def _ending() -> set[signal.Signals]:
+    """The signals that are to end us: those that the caller ignores are not."""
+    return {number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN}
+
+
+def pending() -> int:
+    """The signal that is to end us and has been held back, 0 if there is none."""
+    info = signal.sigtimedwait(_ending(), 0)
+    return 0 if info is None else info.si_signo
+
+
 def read_unless_ended(fd: int) -> tuple[bytes, int]:
     """Read a pipe to its end, or until somebody wants us to end: what has been read, and that signal or 0.
 
@@ -53,7 +64,7 @@ def read_unless_ended(fd: int) -> tuple[bytes, int]:
 
     from fusewire.linux import syscalls
 
-    signals = syscalls.signalfd(ENDING)
+    signals = syscalls.signalfd(_ending())
     watch = select.poll()
     watch.register(fd, select.POLLIN)
     watch.register(signals, select.POLLIN)
@@ -61,8 +72,7 @@ def read_unless_ended(fd: int) -> tuple[bytes, int]:
     try:
         while True:
             if fd not in (ready for ready, _ in watch.poll()):
-                info = signal.sigtimedwait(ENDING, 0)
-                return b"".join(parts), 0 if info is None else info.si_signo
+                return b"".join(parts), pending()
             part = os.read(fd, 65536)
             if not part:
                 return b"".join(parts), 0

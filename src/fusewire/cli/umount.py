@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from fusewire.cli import state, supervise
+from fusewire.cli import control, state, supervise
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND
 from fusewire.linux import process
@@ -51,6 +51,10 @@ def umount(targets: list[str], *, lazy: bool = False, everything: bool = False, 
         except OSError as error:
             print(f"fusewire: cannot unmount {record.target}: {explain(error)}", file=sys.stderr)
             code = EXIT_FAILED
+    if everything:
+        from fusewire.cli import places
+
+        places.sweep(os.environ)  # last: it looks at what may lie on a filesystem that hangs
     return code
 
 
@@ -66,9 +70,9 @@ def _umount_record(store: state.Store, record: state.Record, lazy: bool, program
                     raise OSError(errno.ETIMEDOUT, f"unmounted, but its server (pid {record.pid}) has not ended")
                 server.kill(signal.SIGKILL)
                 server.wait(PATIENCE)
-        if not lazy or not os.path.lexists(record.directory):
+        if (server is None and not lazy) or not os.path.lexists(record.directory):
             return
-    # The server is dead: clear up what it left.
+    # The server is dead: clear up what it left, for it was killed, or could not remove what it was mounted on itself.
     from fusewire.linux import mount
 
     if record.mount is not None:
@@ -82,20 +86,21 @@ def _undo(store: state.Store, record: state.Record, begun: dict[str, Any], progr
     """Undo what a server had begun at its target when it died: it had no time to note its mount."""
     from fusewire.linux import mount_base, mount_namespace, mountinfo
 
-    place, mode = os.fsencode(str(begun.get("place"))), begun.get("mode")
+    place, made, parent = os.fsencode(str(begun.get("place"))), begun.get("kind") == "missing", begun.get("parent")
+    aside = os.fsencode(str(begun.get("aside")))
     link = _link_of(place)
     found = mountinfo.at(place)
     if link is not None:
         if link[0] == record.pid:
-            mount_namespace.put_back(place, os.readlink(place), mode)
+            mount_namespace.put_back(place, os.readlink(place), aside, parent)
     elif found is not None and found.fstype.startswith(b"fuse.fusewire"):
         known = [other.mount["mount_id"] for other in store.load_all()[0] if other.mount is not None]
         if found.id not in (begun.get("mount_id"), *known):
-            _clean_at(place, found, mode is None, program)
-    elif mode is not None:
-        mount_namespace.make_again(place, mode)
+            _clean_at(place, found, made, program)
     else:
-        mount_base.rmdir_if_ours(place)
+        if made:
+            mount_base.rmdir_if_ours(place, parent)
+        mount_namespace.put_back(place, b"", aside, parent)
 
 
 def _ask(record: state.Record, server: process.Hold | None, lazy: bool) -> None:
@@ -105,7 +110,7 @@ def _ask(record: state.Record, server: process.Hold | None, lazy: bool) -> None:
         return
     try:
         patience = min(PATIENCE, _ENDING) if lazy else PATIENCE
-        answer = state.control(record.control, {"command": "umount", "lazy": lazy}, patience)
+        answer = control.control(record.control, {"command": "umount", "lazy": lazy}, patience)
     except OSError as error:
         if error.errno == errno.ECONNRESET:
             return  # it has ended meanwhile
@@ -218,8 +223,9 @@ def _umount_link(target: str, place: bytes, pid: int, fd: int) -> int:
         except PermissionError:
             print(f"fusewire: {target}: the mount of another user (its server is pid {pid})", file=sys.stderr)
             return EXIT_FAILED
-    if _link_of(place) == (pid, fd):
-        os.unlink(place)
+    from fusewire.linux import mount_namespace
+
+    mount_namespace.put_back(place, b"/proc/%d/fd/%d" % (pid, fd), mount_namespace.find_aside(place), None)
     return 0
 
 

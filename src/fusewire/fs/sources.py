@@ -26,7 +26,6 @@ class SourceOptions(Protocol):
     entry_timeout: float | None
     attr_timeout: float | None
     negative_timeout: float | None
-    kernel_cache: bool
     directory: dict[str, str | bool | tuple[str, ...]]
 
     @property

@@ -134,7 +134,7 @@ def mount(program: str, target: bytes, options: bytes, stay: bool = False) -> tu
         theirs = -1
         fds = process.recv_fds(ours)[1]
         if len(fds) != 1:
-            printed = _read_all(complaints)
+            printed = _printed(complaints)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             pid = -1
             raise _refused(program, target, printed or f"it ended with status {code} and sent no descriptor")
@@ -165,7 +165,7 @@ def unmount(program: str, target: bytes, lazy: bool = False) -> None:
     """
     pid, complaints = _start(program, [b"-u", *([b"-z"] if lazy else []), b"--", target], -1)
     try:
-        printed = _read_all(complaints)
+        printed = _printed(complaints)
     finally:
         os.close(complaints)
         status = os.waitpid(pid, 0)[1]
@@ -228,8 +228,6 @@ def _inheritable(fd: int) -> bool:
         return False
 
 
-def _read_all(fd: int) -> str:
-    parts = []
-    while part := os.read(fd, 65536):
-        parts.append(part)
-    return b"".join(parts).decode(errors="replace").strip().removeprefix("fusermount3: ").removeprefix("fusermount: ")
+def _printed(fd: int) -> str:
+    text = process.read_all(fd).decode(errors="replace").strip()
+    return text.removeprefix("fusermount3: ").removeprefix("fusermount: ")

@@ -78,7 +78,7 @@ class _DirectMount(Mount):
     __slots__ = ()
 
     def _unmount(self, lazy: bool) -> None:
-        unmount_path(self.inside, lazy, self.target)
+        unmount_path(self.inside, lazy, self.target, self._mount_id)
 
 
 class _HelperMount(Mount):
@@ -123,12 +123,14 @@ def mount(
     private: bytes | None = None,
     plan: userns.Plan | None = None,
     program: str | None = None,
+    aside: bytes | None = None,
 ) -> Mount:
     """Mount FUSE at `target` by one strategy, or by the first of all that works.
 
     target: None for a mount without a place of its own, which only `namespace` has. A missing one is made and later
     removed. private: an empty directory of the user's for `namespace` to mount on, seen by nobody else. plan: its id
-    mapping, the caller itself by default. program: the helper instead of fusermount3 from PATH.
+    mapping, the caller itself by default. program: the helper instead of fusermount3 from PATH. aside: the name (see
+    `mount_namespace.aside_name`) by which `namespace` keeps an empty directory that its link takes the place of.
 
     Raises MountError; nothing is left behind then, except that a process that got as far as `namespace` stays in it.
     """
@@ -145,7 +147,7 @@ def mount(
             if name == "fusermount3":
                 return _mount_helper(target, options, program)
             if name == "namespace":
-                return mount_namespace.mount(target, options, private, plan)
+                return mount_namespace.mount(target, options, private, plan, aside)
             raise RefusedError(errno.EINVAL, "there is no such strategy", f"use auto or one of {', '.join(STRATEGIES)}")
         except OSError as error:
             number = error.errno or number
@@ -171,7 +173,7 @@ def reasons(
         lambda: _check_fd(target),
         lambda: _check_direct(target, options),
         lambda: _check_helper(target, options, program),
-        lambda: mount_namespace.check(target, options, private, plan, probe=True),
+        lambda: mount_namespace.probe(target, options, private, plan),
     )
     found: list[tuple[str, str | None, str]] = []
     for name, check in zip(STRATEGIES, checks, strict=True):
@@ -370,12 +372,13 @@ def clean_up(record: dict[str, str | int | bool | None], program: str | None = N
     recorded place, id and device. Raises OSError if the mount is there and cannot be removed.
     """
     strategy = record["strategy"]
+    parent = record.get("parent")
+    parent = parent if isinstance(parent, str) else None
     if strategy == "namespace":
-        place, outside, previous = record.get("place"), record["outside"], record.get("previous")
+        place, outside, aside = record.get("place"), record["outside"], record.get("aside")
         if isinstance(place, str) and isinstance(outside, str):
-            mount_namespace.put_back(
-                os.fsencode(place), os.fsencode(outside), previous if isinstance(previous, int) else None
-            )
+            name = os.fsencode(aside) if isinstance(aside, str) else None
+            mount_namespace.put_back(os.fsencode(place), os.fsencode(outside), name, parent)
         return
     if strategy == "fd":
         return
@@ -384,11 +387,11 @@ def clean_up(record: dict[str, str | int | bool | None], program: str | None = N
     if found and found.is_fuse and found.id == record["mount_id"] and os.fsdecode(found.device) == record["device"]:
         target = os.fsencode(str(record["target"]))
         if syscalls.has_capability(syscalls.CAP_SYS_ADMIN):
-            unmount_path(inside, True, target)
+            unmount_path(inside, True, target, found.id)
         else:
             programs = fusermount.find(program)
             if not programs:
                 raise OSError(errno.ENOENT, "a dead mount stays: fusermount3 is not installed", os.fsdecode(target))
             _helper_unmount(programs[0], inside, True, target)
     if record["created"]:
-        rmdir_if_ours(inside)
+        rmdir_if_ours(inside, parent)

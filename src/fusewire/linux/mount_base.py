@@ -13,6 +13,9 @@ import stat
 from fusewire.linux import mountinfo, process, syscalls, userns
 
 FUSE_DEVICE = os.makedev(10, 229)
+LONGEST_STRING = 255  # bytes of a value, fsconfig(2)
+# What a call gives that somebody forbids, or a seccomp filter that does not know it.
+REFUSALS = frozenset((errno.EPERM, errno.EACCES, errno.ENOSYS))
 
 # (flag of mount(2), attribute of fsmount(2), flag parameter of the superblock, word for fusermount3)
 FLAGS = (
@@ -86,10 +89,22 @@ class Mount:
     """One live mount and its /dev/fuse descriptor, which it owns: `fd` is -1 once closed.
 
     `target`: absolute, as the user named it. `inside`: the mount point where this process sees it. `outside`: a path
-    for the other processes of this user, where that is not `inside`.
+    for the other processes of this user, where that is not `inside`. `stays`: nobody finds it any more after an
+    `unmount`, but as umount2(2) was refused, it ends with this process.
     """
 
-    __slots__ = ("_created", "_device", "_mount_id", "fd", "inside", "outside", "strategy", "target")
+    __slots__ = (
+        "_created",
+        "_device",
+        "_mount_id",
+        "_parent",
+        "fd",
+        "inside",
+        "outside",
+        "stays",
+        "strategy",
+        "target",
+    )
 
     def __init__(self, strategy: str, fd: int, target: bytes, inside: bytes) -> None:
         self.strategy = strategy
@@ -97,9 +112,11 @@ class Mount:
         self.target = target
         self.inside = inside
         self.outside: bytes | None = None
+        self.stays = False
         self._created = False
         self._mount_id: int | None = None
         self._device: bytes | None = None
+        self._parent: str | None = None
 
     def is_connected(self) -> bool:
         """True while the mount exists somewhere: the kernel reports POLLERR on a descriptor without one."""
@@ -138,6 +155,7 @@ class Mount:
             "created": self._created,
             "mount_id": self._mount_id,
             "device": None if self._device is None else os.fsdecode(self._device),
+            "parent": self._parent,
         }
 
     def _remember(self) -> None:
@@ -146,6 +164,7 @@ class Mount:
         if self._mount_id is not None:
             found = mountinfo.by_id(self._mount_id)
             self._device = found.device if found else None
+        self._parent = identity(os.stat(os.path.dirname(self.inside)))
 
     def _is_on_top(self) -> bool:
         """False if our mount is not there any more. Raises EBUSY if another one covers it."""
@@ -162,7 +181,7 @@ class Mount:
 
     def _tidy(self) -> None:
         if self._created:
-            self._created = not rmdir_if_ours(self.inside)
+            self._created = not rmdir_if_ours(self.inside, self._parent)
 
 
 def busy(target: bytes) -> OSError:
@@ -174,21 +193,69 @@ def busy(target: bytes) -> OSError:
     )
 
 
-def rmdir_if_ours(path: bytes) -> bool:
-    """Remove a directory that we had made. It stays if it is in use for something else by now."""
+def identity(info: os.stat_result) -> str:
+    """What tells a directory from another one that has got its name since."""
+    return f"{info.st_dev}:{info.st_ino}"
+
+
+def open_parent(path: bytes, known: str | None = None) -> int:
+    """A descriptor (O_PATH) of the directory that `path`, absolute and without symlinks, is in.
+
+    What is done relative to it is done there, whatever others rename meanwhile who may write further up.
+
+    Raises RefusedError if the path leads to another directory by now: by a symlink, or than the `known` identity.
+    """
+    directory = os.path.dirname(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if os.readlink(b"/proc/self/fd/%d" % fd) == directory and known in (None, identity(os.fstat(fd))):
+        return fd
+    os.close(fd)
+    raise RefusedError(
+        errno.EAGAIN, f"{os.fsdecode(path)} is not the same place any more", "try again where nobody renames"
+    )
+
+
+def rmdir_if_ours(path: bytes, parent: str | None = None) -> bool:
+    """Remove a directory that we had made; `parent` is the identity of the one that it was made in.
+
+    It stays if it is in use for something else by now.
+    """
     try:
-        os.rmdir(path)
+        fd = open_parent(path, parent)
     except OSError:
         return False
+    try:
+        os.rmdir(os.path.basename(path), dir_fd=fd)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
     return True
 
 
-def unmount_path(path: bytes, lazy: bool, target: bytes) -> None:
-    """umount2(2) of `path`, whose name for the user is `target`."""
+def unmount_path(path: bytes, lazy: bool, target: bytes, mount_id: int | None = None) -> None:
+    """umount2(2) of `path`, whose name for the user is `target`; with `mount_id` of no other mount than that one."""
+    parent = open_parent(path)
+    # Nobody in this namespace can rename or remove the name itself while something is mounted there.
+    exactly = b"/proc/self/fd/%d/%s" % (parent, os.path.basename(path))
     try:
-        syscalls.umount2(path, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
+        if mount_id is not None and mountinfo.id_of_path(exactly) != mount_id:
+            raise RefusedError(errno.EAGAIN, f"{os.fsdecode(path)} is not the same place any more", "try again")
+        syscalls.umount2(exactly, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
     except OSError as error:
-        raise (busy(target) if error.errno == errno.EBUSY else error) from error
+        if error.errno == errno.EBUSY:
+            raise busy(target) from error
+        if error.errno in REFUSALS and userns.seccomp_filtered():
+            reason = (
+                "umount2(2) is refused: a seccomp filter forbids it; end the process that serves the mount and unmount "
+                "it outside of that sandbox"
+            )
+            raise OSError(error.errno, reason, os.fsdecode(target)) from error
+        if error.filename is not None:
+            error.filename = os.fsdecode(path)
+        raise
+    finally:
+        os.close(parent)
 
 
 def need_target(target: bytes | None) -> bytes:
@@ -280,16 +347,22 @@ def find_mount_point(target: bytes, options: Options) -> tuple[bytes, bool]:
 
 def make_directory(path: bytes) -> None:
     """Make a missing mount point."""
+    parent = open_parent(path)
     try:
-        os.mkdir(path, 0o755)
+        os.mkdir(os.path.basename(path), 0o755, dir_fd=parent)
     except OSError as error:
         raise OSError(
             error.errno, f"the mount point is missing and cannot be made: {error.strerror}", os.fsdecode(path)
         ) from error
+    finally:
+        os.close(parent)
 
 
-def mount_by_string(fd: int, path: bytes, options: Options) -> None:
-    """mount(2). The kernel reads user_id and group_id in the mounter's user namespace, where getuid(2) reads too."""
+def mount_by_string(fd: int, path: bytes, options: Options, only: bool = False) -> None:
+    """mount(2). The kernel reads user_id and group_id in the mounter's user namespace, where getuid(2) reads too.
+
+    Where a seccomp filter refuses that call, by the mount API of Linux 5.2, unless `only`: the caller has tried it.
+    """
     data = b"fd=%d,rootmode=%o,user_id=%d,group_id=%d" % (fd, options.rootmode, os.getuid(), os.getgid())
     if options.opened_to_others():
         data += b",allow_other"
@@ -310,17 +383,75 @@ def mount_by_string(fd: int, path: bytes, options: Options) -> None:
             # Kernels without subtypes; there the source carries it, as libfuse has it.
             syscalls.mount(options.subtype + b"#" + options.fsname, path, b"fuse", flags, data)
     except OSError as error:
-        raise explained(error) from error
+        if only or error.errno not in REFUSALS or not userns.seccomp_filtered():
+            raise explained(error) from error
+        try:
+            os.close(attach(fd, path, options))
+        except OSError:
+            raise explained(error) from error
+
+
+def attach(fd: int, path: bytes, options: Options) -> int:
+    """Mount on `path` by the mount API of Linux 5.2 and give a descriptor (O_PATH) of the mount's root.
+
+    fsconfig(2) takes no value that is longer than LONGEST_STRING. Raises OSError; `fd` may be of no use then.
+    """
+    tree = -1
+    done = False
+    context = syscalls.fsopen(b"fuse")
+    try:
+        _configure(context, fd, options)
+        attributes = 0
+        if not userns.in_first_namespace():
+            attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+        for flag, attribute, _, _ in FLAGS:
+            if options.flags & flag:
+                attributes |= attribute
+        tree = process.above_stdio(syscalls.fsmount(context, syscalls.FSMOUNT_CLOEXEC, attributes))
+        # Symlinks are followed as by mount(2): the path may be that of a descriptor.
+        flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_SYMLINKS
+        syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, path, flags)
+        done = True
+        return tree
+    finally:
+        os.close(context)
+        if not done and tree >= 0:
+            os.close(tree)
+
+
+def _configure(context: int, fd: int, options: Options) -> None:
+    strings = [
+        (b"source", options.fsname),
+        (b"fd", b"%d" % fd),
+        (b"rootmode", b"%o" % options.rootmode),
+        (b"user_id", b"%d" % os.getuid()),
+        (b"group_id", b"%d" % os.getgid()),
+    ]
+    if options.subtype:
+        strings.append((b"subtype", options.subtype))
+    if options.max_read is not None:
+        strings.append((b"max_read", b"%d" % options.max_read))
+    for key, value in strings:
+        syscalls.fsconfig_set_string(context, key, value)
+    for flag, _, word, _ in FLAGS:
+        if word is not None and options.flags & flag:
+            syscalls.fsconfig_set_flag(context, word)
+    if options.opened_to_others():
+        syscalls.fsconfig_set_flag(context, b"allow_other")
+    if options.default_permissions:
+        syscalls.fsconfig_set_flag(context, b"default_permissions")
+    syscalls.fsconfig_create(context)
 
 
 def explained(error: OSError) -> OSError:
     """The error of a refused mount with its likely cause, others as they are."""
     if error.errno == errno.ENODEV:
         return RefusedError(errno.ENODEV, "this kernel has no FUSE", "ask the administrator for `modprobe fuse`")
-    if error.errno not in (errno.EPERM, errno.EACCES):
+    if isinstance(error, RefusedError) or error.errno not in REFUSALS:
         return error
     cause, remedy = userns.explain("mount", error.errno)
     if cause == os.strerror(error.errno):
         cause = "this process does not own its mount namespace, or the kernel (before 4.18) lets only real root mount"
         remedy = "`unshare -m`, or another strategy"
-    return RefusedError(error.errno, f"mount(2) is refused: {cause}", remedy)
+    call = str(error.strerror).split(":")[0].split(" ")[0]  # its name comes first in every message of syscalls.py
+    return RefusedError(error.errno, f"{call}(2) is refused: {cause}", remedy)

@@ -18,19 +18,21 @@ import stat
 
 from fusewire.linux import mountinfo, process, syscalls, userns
 from fusewire.linux.mount_base import (
-    FLAGS,
+    LONGEST_STRING,
+    REFUSALS,
     Mount,
     Options,
     RefusedError,
+    attach,
     check_device,
     explained,
+    identity,
     locate,
     mount_by_string,
     open_device,
+    open_parent,
     unmount_path,
 )
-
-_LONGEST = 255  # bytes of a value, fsconfig(2)
 
 
 class NamespaceMount(Mount):
@@ -47,16 +49,45 @@ class NamespaceMount(Mount):
         found = super().record()
         if self._place is not None:
             found["place"] = os.fsdecode(self._place.path)
-            found["previous"] = self._place.previous
+            found["aside"] = os.fsdecode(self._place.aside) if self._place.existed else None
+            found["parent"] = self._place.identity
         return found
 
     def _is_on_top(self) -> bool:
         return True
 
+    def _attach(self, options: Options) -> None:
+        """Mount on `inside`, and open the door.
+
+        By the mount API of Linux 5.2. Where that is missing, or a call of it is refused by a seccomp profile that is
+        older or has gaps, by mount(2); also where the source has a long name.
+        """
+        if len(options.fsname) <= LONGEST_STRING:
+            try:
+                self._tree = attach(self.fd, self.inside, options)
+                return
+            except OSError as error:
+                if error.errno not in REFUSALS:
+                    raise explained(error) from error
+            # The device may be that of a mount by now that never was.
+            self.close()
+            self.fd = open_device()
+        mount_by_string(self.fd, self.inside, options, only=True)
+        self._tree = process.above_stdio(os.open(self.inside, os.O_PATH | os.O_CLOEXEC))
+
+    def _detach(self) -> None:
+        """Have nobody find the mount any more; where umount2(2) is refused, it lasts as long as this process."""
+        try:
+            syscalls.umount2(self.inside, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            self.stays = True
+
     def _unmount(self, lazy: bool) -> None:
         if lazy:
             self._put_back()
-            syscalls.umount2(self.inside, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+            self._detach()
             self._close_tree()
             return
         # The number must stay taken meanwhile, or another thread's next open(2) would appear at the user's target.
@@ -67,7 +98,11 @@ class NamespaceMount(Mount):
             os.close(null)
         try:
             unmount_path(self.inside, False, self.target)
-        except OSError:
+        except OSError as error:
+            if error.errno in REFUSALS:  # whether it is in use cannot be asked then
+                self.stays = True
+                self._close_tree()
+                return
             again = os.open(self.inside, os.O_PATH | os.O_CLOEXEC)
             os.dup2(again, self._tree, inheritable=False)
             os.close(again)
@@ -86,49 +121,112 @@ class NamespaceMount(Mount):
     def _put_back(self) -> None:
         place, self._place = self._place, None
         if place is not None and self.outside is not None:
-            put_back(place.path, self.outside, place.previous)
+            put_back(place.path, self.outside, place.aside if place.existed else None, place.identity)
 
 
 class Place:
-    """What the symlink replaces: `previous` is the mode of an empty directory, None if there was nothing."""
+    """Where the link goes: what was found there is not looked up by path again. `close` it when the link is made.
 
-    __slots__ = ("path", "previous")
+    existed: an empty directory is there, which is renamed to `aside` in the same directory and back again, so that
+    nothing of it is lost. parent: the descriptor of that directory, identity: what tells it from others later.
+    """
 
-    def __init__(self, path: bytes, previous: int | None) -> None:
+    __slots__ = ("aside", "existed", "identity", "parent", "path")
+
+    def __init__(self, path: bytes, parent: int, aside: bytes) -> None:
         self.path = path
-        self.previous = previous
+        self.parent = parent
+        self.identity = identity(os.fstat(parent))
+        self.aside = aside
+        self.existed = False
+
+    @property
+    def name(self) -> bytes:
+        """The last part of the path."""
+        return os.path.basename(self.path)
+
+    def close(self) -> None:
+        """Let go of the directory, which would be busy with us otherwise."""
+        if self.parent >= 0:
+            os.close(self.parent)
+            self.parent = -1
 
 
-def find_place(target: bytes) -> Place:
-    """What is at the target now. Raises RefusedError if a link cannot or must not replace it."""
-    name = os.fsdecode(target)
-    instead = "use `fusewire run`, or choose a name that is missing or an empty directory"
-    path = locate(target)
-    parent = os.path.dirname(path)
+def aside_name(path: bytes) -> bytes:
+    """A new hidden name for what is at `path`, by which people see what it is for."""
+    return _aside_prefix(path) + os.urandom(4).hex().encode()
+
+
+def _aside_prefix(path: bytes) -> bytes:
+    return b".%s.fusewire-" % os.path.basename(path)[:200]
+
+
+def find_aside(path: bytes) -> bytes | None:
+    """The name by which the directory that was at `path` is kept, for when nobody has noted it; None if there is none.
+
+    None also if there are several.
+    """
+    prefix = _aside_prefix(path)
     try:
-        info = os.lstat(path)
+        names = [name for name in os.listdir(os.path.dirname(path)) if name.startswith(prefix)]
+    except OSError:
+        return None
+    return names[0] if len(names) == 1 and len(names[0]) == len(prefix) + 8 else None
+
+
+def find_place(target: bytes, aside: bytes | None = None) -> Place:
+    """What is at the target now. Raises RefusedError if a link cannot or must not replace it."""
+    path = locate(target)
+    place = Place(path, open_parent(path), aside or aside_name(path))
+    done = False
+    try:
+        _look_at(place, os.fsdecode(target))
+        done = True
+        return place
+    finally:
+        if not done:
+            place.close()
+
+
+def _look_at(place: Place, name: str) -> None:
+    instead = "use `fusewire run`, or choose a name that is missing or an empty directory"
+    directory = b"/proc/self/fd/%d/" % place.parent
+    try:
+        info = os.stat(place.name, dir_fd=place.parent, follow_symlinks=False)
     except FileNotFoundError:
-        previous = None
+        pass
     else:
         if not stat.S_ISDIR(info.st_mode):
             raise RefusedError(errno.ENOTDIR, f"{name} exists and is not a directory", instead)
         try:
-            with os.scandir(path) as entries:
-                empty = next(entries, None) is None
+            empty = _is_empty(place.name, place.parent)
         except PermissionError:
             raise RefusedError(errno.EACCES, f"{name} cannot be read, so it may hold files", instead) from None
         if not empty:
             raise RefusedError(errno.ENOTEMPTY, f"{name} is not empty", instead)
-        if mountinfo.id_of_path(path) != mountinfo.id_of_path(parent):
+        if mountinfo.id_of_path(directory + place.name) != mountinfo.id_of_fd(place.parent):
             raise RefusedError(errno.EBUSY, f"something is mounted at {name}", instead)
-        previous = stat.S_IMODE(info.st_mode)
-    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise RefusedError(errno.EACCES, f"you may not write in {os.fsdecode(parent)}", instead)
-    return Place(path, previous)
+        place.existed = True
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        where = os.fsdecode(os.path.dirname(place.path))
+        raise RefusedError(errno.EACCES, f"you may not write in {where}", instead)
+
+
+def _is_empty(name: bytes, parent: int) -> bool:
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        with os.scandir(fd) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(fd)
 
 
 def check(
-    target: bytes | None, options: Options, private: bytes | None, plan: userns.Plan | None, probe: bool = False
+    target: bytes | None,
+    options: Options,
+    private: bytes | None,
+    plan: userns.Plan | None,
+    aside: bytes | None = None,
 ) -> tuple[bytes, Place | None, userns.Plan]:
     if private is None:
         raise RefusedError(errno.EINVAL, "no private directory was given to mount on", "")
@@ -138,28 +236,47 @@ def check(
             "allow_other lets in only processes inside the namespace, and shuts out its owner's others",
             "leave it out, or use `fusewire run`",
         )
-    place = None if target is None else find_place(target)
     plan = plan or userns.default_plan()
     if (threads := userns.thread_count()) > 1:
         raise RefusedError(
             errno.EINVAL, f"this process has {threads} threads, a user namespace needs a process of one", "fork first"
         )
-    if probe:
-        if refusal := userns.probe(plan):
-            raise refusal
-        check_device()
-    return os.path.realpath(private), place, plan
+    return os.path.realpath(private), None if target is None else find_place(target, aside), plan
 
 
-def mount(target: bytes | None, options: Options, private: bytes | None, plan: userns.Plan | None) -> Mount:
-    inside, place, plan = check(target, options, private, plan)
+def probe(target: bytes | None, options: Options, private: bytes | None, plan: userns.Plan | None) -> None:
+    """Raise what `mount` would, as far as that can be told without mounting."""
+    _, place, plan = check(target, options, private, plan)
+    if place is not None:
+        place.close()
+    if refusal := userns.probe(plan):
+        raise refusal
+    check_device()
+
+
+def mount(
+    target: bytes | None,
+    options: Options,
+    private: bytes | None,
+    plan: userns.Plan | None,
+    aside: bytes | None = None,
+) -> Mount:
+    inside, place, plan = check(target, options, private, plan, aside)
+    try:
+        return _mount(target or inside, options, inside, place, plan)
+    finally:
+        if place is not None:
+            place.close()
+
+
+def _mount(target: bytes, options: Options, inside: bytes, place: Place | None, plan: userns.Plan) -> Mount:
     check_device()  # before there is no way back
     userns.enter(plan)
     # Only now: the kernel wants /dev/fuse opened in the user namespace that mounts (fuse_fill_super).
-    result = NamespaceMount(open_device(), target or inside, inside, place)
+    result = NamespaceMount(open_device(), target, inside, place)
     attached = done = False
     try:
-        result._tree = _attach(result.fd, inside, options)
+        result._attach(options)
         attached = True
         result._mount_id = mountinfo.id_of_fd(result._tree)
         _open_door()
@@ -174,7 +291,7 @@ def mount(target: bytes | None, options: Options, private: bytes | None, plan: u
         if not done:
             result._close_tree()
             if attached:
-                syscalls.umount2(inside, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+                result._detach()
             result.close()
 
 
@@ -191,108 +308,64 @@ def _open_door() -> None:
         ) from error
 
 
-def _attach(fd: int, path: bytes, options: Options) -> int:
-    """Mount on `path` and give a descriptor of the mount's root.
-
-    By the mount API of Linux 5.2. Where that is missing, or refused by an old seccomp profile, by mount(2); also where
-    the source has a long name, for fsconfig(2) takes 255 bytes.
-    """
-    context = -1
-    if len(options.fsname) <= _LONGEST:
-        try:
-            context = syscalls.fsopen(b"fuse")
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise explained(error) from error
-    if context < 0:
-        mount_by_string(fd, path, options)
-        return process.above_stdio(os.open(path, os.O_PATH | os.O_CLOEXEC))
-    tree = -1
-    done = False
-    try:
-        _configure(context, fd, options)
-        attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
-        for flag, attribute, _, _ in FLAGS:
-            if options.flags & flag:
-                attributes |= attribute
-        tree = process.above_stdio(syscalls.fsmount(context, syscalls.FSMOUNT_CLOEXEC, attributes))
-        syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, path, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-        done = True
-        return tree
-    except OSError as error:
-        raise explained(error) from error
-    finally:
-        os.close(context)
-        if not done and tree >= 0:
-            os.close(tree)
-
-
-def _configure(context: int, fd: int, options: Options) -> None:
-    strings = [
-        (b"source", options.fsname),
-        (b"fd", b"%d" % fd),
-        (b"rootmode", b"%o" % options.rootmode),
-        (b"user_id", b"%d" % os.getuid()),
-        (b"group_id", b"%d" % os.getgid()),
-    ]
-    if options.subtype:
-        strings.append((b"subtype", options.subtype))
-    if options.max_read is not None:
-        strings.append((b"max_read", b"%d" % options.max_read))
-    for key, value in strings:
-        syscalls.fsconfig_set_string(context, key, value)
-    for flag, _, word, _ in FLAGS:
-        if word is not None and options.flags & flag:
-            syscalls.fsconfig_set_flag(context, word)
-    if options.default_permissions:
-        syscalls.fsconfig_set_flag(context, b"default_permissions")
-    syscalls.fsconfig_create(context)
-
-
 def _replace(place: Place, link: bytes) -> None:
-    """Put the symlink at the target. rmdir(2) takes only an empty directory, so whatever raced in stays."""
+    """Put the symlink at the target, in the place of an empty directory; whatever raced in there stays."""
     name = os.fsdecode(place.path)
-    if place.previous is not None:
+    if place.existed:
         try:
-            os.rmdir(place.path)
+            os.rename(place.name, place.aside, src_dir_fd=place.parent, dst_dir_fd=place.parent)
+            if not _is_empty(place.aside, place.parent):
+                raise OSError(errno.ENOTEMPTY, "it is not empty any more")
         except OSError as error:
+            _restore(place.aside, place.name, place.parent)
             text = f"the empty directory cannot be replaced by a link: {error.strerror}"
             raise OSError(error.errno, text, name) from error
     try:
-        os.symlink(link, place.path)
+        os.symlink(link, place.name, dir_fd=place.parent)
     except OSError as error:
-        if place.previous is not None:
-            make_again(place.path, place.previous)
+        if place.existed:
+            _restore(place.aside, place.name, place.parent)
         raise OSError(error.errno, f"the link to the mount cannot be made: {error.strerror}", name) from error
 
 
-def put_back(path: bytes, link: bytes, previous: int | None) -> None:
-    """Undo the symlink: remove it if it still says `link`, and make the directory of mode `previous` again.
+def put_back(path: bytes, link: bytes, aside: bytes | None, parent: str | None) -> None:
+    """Undo the symlink: remove it if it still says `link`, and give the directory that is kept `aside` its name again.
 
-    Safe to call twice and from another process; anything else that is there by now stays.
+    parent: the identity of the directory that they are in. Safe to call twice and from another process; anything else
+    that is there by now stays.
     """
     try:
-        if os.readlink(path) != link:
-            return
-        os.unlink(path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EINVAL, errno.ENOTDIR):
-            return
-        raise
-    if previous is not None:
-        make_again(path, previous)
-
-
-def make_again(path: bytes, mode: int) -> None:
-    """Make the directory that was at a target, unless something is there by now."""
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
+        fd = open_parent(path, parent)
+    except (RefusedError, FileNotFoundError):
         return
-    # By descriptor: where others may write in the parent, the name may mean a file of ours by now.
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    name = os.path.basename(path)
     try:
-        if os.fstat(fd).st_uid == os.geteuid():
-            os.fchmod(fd, mode)
+        try:
+            if os.readlink(name, dir_fd=fd) == link:
+                os.unlink(name, dir_fd=fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINVAL, errno.ENOTDIR):
+                raise
+        if aside is not None:
+            _restore(aside, name, fd)
     finally:
         os.close(fd)
+
+
+def _restore(aside: bytes, name: bytes, parent: int) -> None:
+    """Give the directory that is kept `aside` its name again; where that is taken, it goes, if it is empty."""
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        taken = False
+    else:
+        taken = True
+    try:
+        if taken:
+            os.rmdir(aside, dir_fd=parent)
+        else:
+            os.rename(aside, name, src_dir_fd=parent, dst_dir_fd=parent)
+    except OSError as error:
+        # Not empty, or the name was taken at this moment: it stays where it is, as nothing must be lost.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES):
+            raise

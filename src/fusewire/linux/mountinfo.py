@@ -54,7 +54,7 @@ class Mount:
 
     @property
     def user_id(self) -> int | None:
-        """The uid that owns a FUSE mount, in the reader's user namespace; None for other types."""
+        """The uid that owns a FUSE mount, in the user namespace that mounted it; None for other types."""
         for option in self.super_options.split(b","):
             if option.startswith(b"user_id="):
                 return int(option[8:])

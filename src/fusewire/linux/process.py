@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from typing import Self
 
 _INT = struct.calcsize("i")
-MAX_SENT_FDS = 253  # SCM_MAX_FD
 
 
 def set_pdeathsig(signum: int, parent: int) -> None:
@@ -113,6 +112,10 @@ class Hold:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -168,20 +171,6 @@ def wait(pid: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def reap() -> list[tuple[int, int]]:
-    """Collect all children that have ended, without waiting: (pid, exit status as a shell gives it)."""
-    ended: list[tuple[int, int]] = []
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return ended
-        if pid == 0:
-            return ended
-        code = os.waitstatus_to_exitcode(status)
-        ended.append((pid, code if code >= 0 else 128 - code))
-
-
 def allow_owner() -> int:
     """Take the owner's own bits out of the umask, or we could not use what we make; give the mask as it was."""
     before = os.umask(0o077)
@@ -208,6 +197,17 @@ def above_stdio(fd: int) -> int:
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     os.close(fd)
     return moved
+
+
+def read_all(fd: int) -> bytes:
+    """What a pipe or a socket gives until its other end is closed everywhere, with unread data or without."""
+    parts = []
+    try:
+        while part := os.read(fd, 1 << 16):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
 
 
 def send_fds(sock: int, data: bytes, fds: Iterable[int]) -> None:

@@ -18,7 +18,11 @@ import errno
 import os
 import stat
 
-from fusewire.linux import mountinfo, syscalls
+from fusewire.linux import mountinfo, syscalls, userns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 # How often to look at a target that other runs may be removing and making again between two looks.
@@ -45,15 +49,18 @@ class Shadow:
     """The shadowed directories of one mount namespace.
 
     `made`: directories made on the host, in the order in which they can be removed. `skipped`: entries of shadowed
-    directories that could not be kept visible, as (path, reason).
+    directories that could not be kept visible, as (path, reason). `before` is told of each directory that is about to
+    be made on the host, with `mode`.
 
     Mount points that do not lie below one another are best made all together, before anything is mounted on them; a
     mount point inside another mount when that one is served, by a process that is not this one.
     """
 
-    __slots__ = ("_sealed", "_tmpfs", "made", "skipped")
+    __slots__ = ("_before", "_mode", "_sealed", "_tmpfs", "made", "skipped")
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[bytes], object] | None = None, mode: int = 0o755) -> None:
+        self._before = before
+        self._mode = mode
         self.made: list[bytes] = []
         self.skipped: list[tuple[bytes, str]] = []
         self._tmpfs: dict[int, bytes] = {}  # device -> where
@@ -76,7 +83,7 @@ class Shadow:
         if device not in self._tmpfs:
             first = os.path.join(ancestor, missing[0])
             try:
-                os.mkdir(first, 0o755)
+                self._make_on_host(first)
             except FileExistsError:
                 if mountinfo.stat_if_mine(first) is not None:
                     return self.make(target)  # somebody was faster
@@ -86,9 +93,11 @@ class Shadow:
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise OSError(error.errno, f"the mount point cannot be made: {error.strerror}", name) from error
-                device = self._cover(ancestor, name)
+                try:
+                    device = self._cover(ancestor, name)
+                except OSError as refusal:
+                    raise _explained(refusal, name) from refusal
             else:
-                self.made.insert(0, first)
                 missing = missing[1:]
                 ancestor = first
         if device in self._sealed:
@@ -96,10 +105,17 @@ class Shadow:
             self._sealed.discard(device)
         for part in missing:
             ancestor = os.path.join(ancestor, part)
-            os.mkdir(ancestor, 0o755)
-            if device not in self._tmpfs:
-                self.made.insert(0, ancestor)
+            if device in self._tmpfs:
+                os.mkdir(ancestor, 0o755)
+            else:
+                self._make_on_host(ancestor)
         return path
+
+    def _make_on_host(self, path: bytes) -> None:
+        if self._before is not None and os.access(os.path.dirname(path), os.W_OK | os.X_OK, effective_ids=True):
+            self._before(path)
+        os.mkdir(path, self._mode)
+        self.made.insert(0, path)
 
     def seal(self) -> None:
         """Make the shadows read-only, as the directories were that they stand for. `make` opens them again."""
@@ -107,15 +123,6 @@ class Shadow:
             if device not in self._sealed:
                 self._remount(device, syscalls.MS_RDONLY)
                 self._sealed.add(device)
-
-    def remove_made(self) -> None:
-        """Remove the directories made on the host, where they are still empty."""
-        for path in self.made:
-            try:
-                os.rmdir(path)
-            except OSError:
-                continue
-        self.made.clear()
 
     def _remount(self, device: int, readonly: int) -> None:
         syscalls.mount(None, self._tmpfs[device], None, syscalls.MS_REMOUNT | syscalls.MS_BIND | _FLAGS | readonly)
@@ -187,6 +194,15 @@ class Shadow:
             except OSError as error:
                 # The name stays, as something empty: that the entry exists is still true.
                 self.skipped.append((os.path.join(name, entry), error.strerror or str(error)))
+
+
+def _explained(error: OSError, name: str) -> OSError:
+    """A refused mount(2) with its likely cause and the way out, other errors as they are."""
+    if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS) or not str(error.strerror).startswith("mount "):
+        return error
+    cause, remedy = userns.explain("mount", error.errno)
+    text = f"the mount point cannot be made, mount(2) is refused: {cause}; choose one that exists, or {remedy}"
+    return OSError(error.errno, text, name)
 
 
 def _kind(entry: os.DirEntry[str]) -> int:

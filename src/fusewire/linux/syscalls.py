@@ -57,7 +57,6 @@ FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
-FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
 
 MOUNT_ATTR_RDONLY = 0x1
@@ -70,6 +69,7 @@ MOUNT_ATTR_NODIRATIME = 0x80
 MOUNT_ATTR_IDMAP = 0x00100000
 
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_SYMLINKS = 0x10
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
 OPEN_TREE_CLONE = 1
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
@@ -82,8 +82,6 @@ AT_RECURSIVE = 0x8000
 PR_SET_PDEATHSIG = 1
 PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
-PR_SET_NAME = 15
-PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
@@ -219,12 +217,6 @@ def fsconfig_set_flag(context: int, key: bytes) -> None:
         _fail(f"fsconfig {os.fsdecode(key)}", None, _kernel_message(context))
 
 
-def fsconfig_set_fd(context: int, key: bytes, fd: int) -> None:
-    """Give one parameter that is a descriptor. FUSE takes its `fd` so on newer kernels only; a string works on all."""
-    if _syscall(_NR_FSCONFIG, context, FSCONFIG_SET_FD, key, None, fd):
-        _fail(f"fsconfig {os.fsdecode(key)}", None, _kernel_message(context))
-
-
 def fsconfig_create(context: int) -> None:
     """Make the superblock."""
     if _syscall(_NR_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0):
@@ -287,12 +279,6 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     return result
 
 
-def set_name(name: bytes) -> None:
-    """What ps(1) shows as this thread's command: at most 15 bytes, the rest is cut."""
-    text = ctypes.create_string_buffer(name[:15])
-    prctl(PR_SET_NAME, ctypes.addressof(text))
-
-
 def get_dumpable() -> int:
     """1 if other processes of this user may look into /proc/PID of this one: PR_GET_DUMPABLE."""
     return prctl(PR_GET_DUMPABLE)
@@ -313,11 +299,6 @@ def set_no_new_privs() -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def capbset_read(capability: int) -> bool:
-    """True if `capability` is in the bounding set; EINVAL for one that this kernel does not know."""
-    return prctl(PR_CAPBSET_READ, capability) == 1
-
-
 def capbset_drop(capability: int) -> None:
     """Take `capability` out of the bounding set; needs CAP_SETPCAP."""
     prctl(PR_CAPBSET_DROP, capability)
@@ -326,14 +307,12 @@ def capbset_drop(capability: int) -> None:
 class Capabilities:
     """Capability sets as bit masks: bit CAP_X of a set."""
 
-    __slots__ = ("ambient", "bounding", "effective", "inheritable", "permitted")
+    __slots__ = ("effective", "inheritable", "permitted")
 
-    def __init__(self, effective: int, permitted: int, inheritable: int, bounding: int = 0, ambient: int = 0) -> None:
+    def __init__(self, effective: int, permitted: int, inheritable: int) -> None:
         self.effective = effective
         self.permitted = permitted
         self.inheritable = inheritable
-        self.bounding = bounding
-        self.ambient = ambient
 
     def __repr__(self) -> str:
         return "Capabilities(" + ", ".join(f"{name}={getattr(self, name):#x}" for name in self.__slots__) + ")"
@@ -361,15 +340,6 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     )
     if _call("capset", _ptr, _ptr)(ctypes.byref(header), ctypes.byref(data)):
         _fail("capset")
-
-
-def capabilities_of(pid: int | str = "self") -> Capabilities:
-    """All five sets of a process as /proc/PID/status shows them, also of other users' processes: proc_pid_status(5)."""
-    with open(f"/proc/{pid}/status", "rb") as status:
-        fields = dict(line.split(b":", 1) for line in status if line.startswith(b"Cap"))
-    return Capabilities(
-        *(int(fields.get(b"Cap" + name, b"0"), 16) for name in (b"Eff", b"Prm", b"Inh", b"Bnd", b"Amb"))
-    )
 
 
 def has_capability(capability: int) -> bool:

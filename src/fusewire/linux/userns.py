@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from fusewire.linux import syscalls
+from fusewire.linux import process, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -190,7 +190,11 @@ def enter(plan: Plan, flags: int = 0) -> None:
         except OSError as error:
             raise _refused(error, "unshare", "cannot make a mount namespace") from error
         # With a new user namespace the kernel does this by itself: its mounts belong to somebody less privileged.
-        syscalls.mount(None, b"/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+        try:
+            _become_slave()
+        except OSError as error:
+            message = "cannot keep what will be mounted from the namespace that we came from"
+            raise _refused(error, "mount", message) from error
         return
     if syscalls.get_dumpable() != 1:  # /proc/self belongs to root then, and so does uid_map
         syscalls.set_dumpable()
@@ -211,6 +215,17 @@ def enter(plan: Plan, flags: int = 0) -> None:
             continue
         except OSError as error:
             raise _refused(error, name, f"cannot map ids in the new user namespace (writing {name})") from error
+
+
+def _become_slave() -> None:
+    """Have nothing that is mounted here reach the namespace that we came from (mount_namespaces(7))."""
+    try:
+        syscalls.mount(None, b"/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+    except OSError as error:
+        try:  # a seccomp filter may know the older call only
+            syscalls.mount_setattr(syscalls.AT_FDCWD, b"/", syscalls.AT_RECURSIVE, 0, propagation=syscalls.MS_SLAVE)
+        except OSError:
+            raise error from None
 
 
 def join(pid: int, flags: int = 0) -> None:
@@ -261,7 +276,7 @@ def probe(plan: Plan) -> UsernsError | None:
             os._exit(status)
     os.close(writer)
     try:
-        report = _read_all(reader)
+        report = process.read_all(reader)
     finally:
         os.close(reader)
         status = os.waitpid(pid, 0)[1]
@@ -283,13 +298,6 @@ def _write(path: str, text: bytes) -> None:
         os.write(fd, text)  # one write: the kernel takes a map once and whole
     finally:
         os.close(fd)
-
-
-def _read_all(fd: int) -> bytes:
-    parts = []
-    while part := os.read(fd, 65536):
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _start_helpers(plan: Plan) -> Callable[[bool], None]:
@@ -330,7 +338,7 @@ def _start_helpers(plan: Plan) -> Callable[[bool], None]:
             if go:
                 os.write(go_writer, b"g")
             os.close(go_writer)
-            complaint = _read_all(report_reader).decode(errors="replace").strip()
+            complaint = process.read_all(report_reader).decode(errors="replace").strip()
         finally:
             os.close(report_reader)
             status = os.waitpid(pid, 0)[1]
@@ -471,6 +479,8 @@ def explain(step: str, number: int) -> tuple[str, str]:
                 "user namespaces are for root only (kernel.unprivileged_userns_clone=0)",
                 "ask the administrator for `sysctl kernel.unprivileged_userns_clone=1`, or use fusermount3",
             )
+    if number == errno.ENOSYS and seccomp_filtered():
+        return _CONTAINER
     if number in (errno.EPERM, errno.EACCES):
         if apparmor_restricts() and (step == "unshare" or not in_first_namespace()):
             return _APPARMOR

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _ACL = b"system.posix_acl_"
 _CAPABILITY = b"security.capability"
 _S_ISUID, _S_ISGID, _S_IXGRP = 0o4000, 0o2000, 0o0010
+_CHANGES = abi.FATTR_MODE | abi.FATTR_SIZE | abi.FATTR_ATIME | abi.FATTR_MTIME
 
 
 def _fuse_statx(status: tuple[int, ...], uid: int, gid: int) -> tuple[int, ...]:
@@ -59,7 +60,8 @@ class Attributes(Base):
         opened = self.handles.get(change.fh) if valid & abi.FATTR_FH else None
         fd = opened.fd if opened is not None else self.nodes.fd(node)
         kill = valid & abi.FATTR_KILL_SUIDGID and self.flags & abi.FUSE_HANDLE_KILLPRIV_V2
-        if valid & (abi.FATTR_UID | abi.FATTR_GID):
+        # A request that changes nothing is chown(2) with -1 for both: it moves ctime, and clears set-user-ID bits.
+        if valid & (abi.FATTR_UID | abi.FATTR_GID) or not valid & _CHANGES:
             self._chown(node, fd.number, change)
         if valid & abi.FATTR_MODE:
             self._chmod(node, fd.number, change.mode & 0o7777)
