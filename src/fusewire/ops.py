@@ -242,6 +242,8 @@ class Operations:
     """Further INIT flags (FUSE_* of `wire.abi`) to accept when the kernel offers them."""
     refuse: int = 0
     """INIT flags not to accept."""
+    workers: int = 0
+    """How many workers suit it; 0: as many as there are processors. More pay where handlers wait for a disk."""
     time_gran: int = 1
     """Granularity of time stamps in nanoseconds, a power of ten up to 10**9."""
 

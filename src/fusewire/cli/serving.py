@@ -96,7 +96,7 @@ def make_server(filesystem: Operations, fd: int, options: MountOptions, owner: t
     server = serve.Server(
         filesystem,
         fd,
-        threads=options.max_threads or serve.DEFAULT_THREADS,
+        threads=options.max_threads or filesystem.workers or serve.DEFAULT_THREADS,
         clone_fd=options.clone_fd,
         debug=options.debug,
         owner=(owner or (os.getuid(), os.getgid())) if options.allow_root else None,

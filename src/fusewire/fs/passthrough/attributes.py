@@ -9,7 +9,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from fusewire.fs.passthrough.base import S_IFLNK, Base
+from fusewire.fs.passthrough.base import S_IFDIR, S_IFLNK, Base
 from fusewire.fs.passthrough.nodes import STATUS
 from fusewire.linux import files
 from fusewire.ops import Statfs
@@ -60,8 +60,12 @@ class Attributes(Base):
         opened = self.handles.get(change.fh) if valid & abi.FATTR_FH else None
         fd = opened.fd if opened is not None else self.nodes.fd(node)
         kill = valid & abi.FATTR_KILL_SUIDGID and self.flags & abi.FUSE_HANDLE_KILLPRIV_V2
-        # A request that changes nothing is chown(2) with -1 for both: it moves ctime, and clears set-user-ID bits.
-        if valid & (abi.FATTR_UID | abi.FATTR_GID) or not valid & _CHANGES:
+        if valid & (abi.FATTR_UID | abi.FATTR_GID):
+            self._chown(node, fd.number, change)
+        elif not valid & _CHANGES:
+            # A request that changes nothing is chown(2) with -1 for both: it moves ctime, and clears set-user-ID bits.
+            # Or it is fallocate(2), which clears them too. Where they are left to us, the kernel has checked nothing.
+            self._check_clearing(caller, node, fd.number)
             self._chown(node, fd.number, change)
         if valid & abi.FATTR_MODE:
             self._chmod(node, fd.number, change.mode & 0o7777)
@@ -89,6 +93,18 @@ class Attributes(Base):
             self._say_who_owns(error)
             raise
         self._clear_capability(node)
+
+    def _check_clearing(self, caller: Caller, node: Node, fd: int) -> None:
+        """Refuse to clear the set-user-ID bits of a file for who neither owns it nor may write to it."""
+        status = files.statx(fd, b"", files.AT_EMPTY_PATH, STATUS)
+        mode, uid, gid = status[files.SX_MODE], status[files.SX_UID], status[files.SX_GID]
+        if node.kind == S_IFDIR or not mode & (_S_ISUID | _S_ISGID) or caller.uid == 0:
+            return
+        if (caller.uid if self._uids is None else self._uids.to_host(caller.uid)) == uid:
+            return
+        own = caller.gid if self._gids is None else self._gids.to_host(caller.gid)
+        if not mode & (0o020 if gid == own or gid in self._groups(caller) else 0o002):
+            raise PermissionError(errno.EPERM, "the file belongs to somebody else", node.name)
 
     def _say_who_owns(self, error: OSError) -> None:
         if not self._switch and self._connection is not None:

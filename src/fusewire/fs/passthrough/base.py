@@ -83,6 +83,7 @@ class Base(Operations):
 
     interruptible = True
     announces_blocking = True
+    workers = 10
 
     def __init__(self, source: int, config: Config) -> None:
         """Take over `source`, an O_PATH descriptor of the directory.
