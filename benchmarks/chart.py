@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from report import IMAGE_GOALS
+from directory import LINES, fastest_c
+from report import IMAGE_GOALS, PEER_LIMITS
 
 COLOURS = {
     "Fusewire": "#d1495b",
@@ -28,6 +30,13 @@ COLOURS = {
     "pyfuse3": "#2e86ab",
     "mfusepy": "#c9a227",
     "mfusepy, 1 thread": "#e0c46c",
+    "native": "#3d3d3d",
+    "Fusewire, rootless-like": "#e79aa3",
+    "bindfs": "#5f7f5f",
+    "fuse-overlayfs": "#8fb38f",
+    "passthrough_ll": "#2a5d67",
+    "passthrough_hp": "#6b8f97",
+    "passthrough": "#a9bfc4",
 }
 CASES = {
     "walk": "walk\n+ stat",
@@ -69,6 +78,15 @@ def _floor(axes: Any, results: dict[str, Any], case: str, title: str) -> None:
     axes.legend(fontsize=7, frameon=False)
 
 
+def _cut(axes: Any) -> None:
+    """End the axis at 3; a bar that is cut keeps its figure."""
+    for text in axes.texts:
+        text.set_clip_on(False)
+        if text.xy[1] > 3:
+            text.xy = (text.xy[0], 3)
+    axes.set_ylim(0, 3)
+
+
 def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
     """Draw times as multiples of squashfuse_ll's, cut at 3, with the goals as lines."""
     servers = image["servers"]
@@ -83,16 +101,12 @@ def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
             for case, second in zip(cases, seconds, strict=True)
         ]
     _bars(axes, names, [CASES[case] for case in cases], values)
-    for text in axes.texts:  # a bar that is cut keeps its figure
-        text.set_clip_on(False)
-        if text.xy[1] > 3:
-            text.xy = (text.xy[0], 3)
+    _cut(axes)
     for index, case in enumerate(cases):
         if case in IMAGE_GOALS:
             axes.plot(
                 [index - 0.45, index + 0.45], [IMAGE_GOALS[case]] * 2, color="#d1495b", linewidth=1, linestyle=":"
             )
-    axes.set_ylim(0, 3)
     axes.set_ylabel("time, squashfuse_ll = 1", fontsize=8)
     facts = image["facts"]
     size = f"{facts['files']:,} files, {facts['content_bytes'] / 1e6:,.0f} MB in {facts['image_bytes'] / 1e6:,.0f} MB"
@@ -100,6 +114,30 @@ def _image(axes: Any, compressor: str, image: dict[str, Any]) -> None:
         f"{compressor} image of /usr: {size} (less is better; dotted: goal)", fontsize=10, loc="left", pad=12
     )
     axes.legend(fontsize=7, frameon=False, ncols=len(names), loc="upper left", bbox_to_anchor=(-0.01, -0.17))
+
+
+def _directory(axes: Any, results: dict[str, Any], data: bool) -> None:
+    """Draw times as multiples of the fastest C peer's of each line, cut at 3, with the goals as lines."""
+    servers = results["servers"]
+    bases = {line: fastest_c(servers, line.name) for line in LINES if line.data == data}
+    lines = [line for line, base in bases.items() if base is not None]
+    values: dict[str, list[float | None]] = {}
+    for name, figures in servers.items():
+        seconds = [figures.get(line.name, {}).get("seconds") for line in lines]
+        values[name] = [
+            None if second is None else second / servers[bases[line]][line.name]["seconds"]
+            for line, second in zip(lines, seconds, strict=True)
+        ]
+    names = [name for name in servers if any(value is not None for value in values[name])]
+    _bars(axes, names, [textwrap.fill(line.title, 18) for line in lines], values)
+    _cut(axes)
+    for index, line in enumerate(lines):
+        limit = PEER_LIMITS[line.caching]
+        axes.plot([index - 0.45, index + 0.45], [limit] * 2, color="#d1495b", linewidth=1, linestyle=":")
+    axes.set_ylabel("time, fastest C peer = 1", fontsize=8)
+    what = "contents" if data else "names and attributes"
+    axes.set_title(f"Directory: {what} (less is better; dotted: goal)", fontsize=10, loc="left", pad=12)
+    axes.legend(fontsize=6, frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(-0.01, -0.25))
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -114,6 +152,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for compressor, image in results.get("images", {}).get("images", {}).items():
         if "squashfuse_ll" in image["servers"]:
             panels.append(lambda axes, c=compressor, i=image: _image(axes, c, i))
+    directory = results.get("directory", {})
+    for data in (False, True):
+        if any(fastest_c(directory.get("servers", {}), line.name) for line in LINES if line.data == data):
+            panels.append(lambda axes, d=data: _directory(axes, directory, d))
     startup = results.get("startup", {})
     if "ratio" in startup:
 

@@ -9,6 +9,10 @@
  *   client walk DIR                             opendir, readdir and fstatat of everything below DIR
  *   client read DIR LIST THREADS                whole files: path per line in LIST, thread i reads lines i, i+THREADS, ...
  *   client random DIR LIST THREADS              4 KiB reads: "OFFSET PATH" per line in LIST; files are opened before
+ *   client stat DIR LIST PASSES                 fstatat of path per line in LIST, the whole list PASSES times
+ *   client create DIR COUNT                     creates, writes and closes COUNT small files
+ *   client unlink DIR COUNT                     removes them
+ *   client write PATH SIZE                      a new file of SIZE bytes in pieces of 1 MiB, with fsync and close
  *   client sink                                 counts what comes on standard input
  */
 #define _GNU_SOURCE
@@ -367,6 +371,102 @@ static int command_list(char **argv, int random)
     return 0;
 }
 
+/* ---- names and new files ---- */
+
+static int command_stat(char **argv)
+{
+    uint64_t digest = 0;
+    struct stat attributes;
+    long passes = atol(argv[2]);
+    directory = open(argv[0], O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (directory < 0)
+        die("%s", argv[0]);
+    read_list(argv[1], 0);
+    uint64_t began = now();
+    for (long pass = 0; pass < passes; pass++)
+        for (size_t i = 0; i < line_count; i++) {
+            if (fstatat(directory, lines[i].path, &attributes, AT_SYMLINK_NOFOLLOW) < 0)
+                die("stat of %s", lines[i].path);
+            digest += mix(mix(mix(i, attributes.st_mode), attributes.st_size), attributes.st_mtime);
+        }
+    uint64_t time = now() - began;
+    printf("{\"ns\": %llu, \"stats\": %llu, \"digest\": \"%016llx\"}\n", (unsigned long long)time,
+           (unsigned long long)passes * line_count, (unsigned long long)digest);
+    return 0;
+}
+
+static void write_all(int file, const char *data, size_t size, const char *name)
+{
+    while (size) {
+        ssize_t put = write(file, data, size);
+        if (put <= 0)
+            die("write to %s", name);
+        data += put;
+        size -= put;
+    }
+}
+
+/* Every 4 KiB begin with a word that is found nowhere else, so a piece that is lost, moved or doubled shows. */
+static void stamp(char *buffer, size_t size, uint64_t first)
+{
+    for (size_t at = 0; at < size; at += 4096) {
+        uint64_t word = mix(first, at / 4096 + 1);
+        memcpy(buffer + at, &word, sizeof word);
+    }
+}
+
+static int command_small(char **argv, int making)
+{
+    long count = atol(argv[1]);
+    char name[32], *buffer = aligned(4096);
+    uint64_t bytes = 0;
+    directory = open(argv[0], O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (directory < 0)
+        die("%s", argv[0]);
+    uint64_t began = now();
+    for (long i = 0; i < count; i++) {
+        snprintf(name, sizeof name, "small%05ld", i);
+        if (!making) {
+            if (unlinkat(directory, name, 0) < 0)
+                die("unlink of %s", name);
+            continue;
+        }
+        int file = openat(directory, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+        if (file < 0)
+            die("%s", name);
+        size_t size = 512 + i * 7919u % 3584;
+        stamp(buffer, 4096, i);
+        write_all(file, buffer, size, name);
+        if (close(file) < 0)
+            die("close of %s", name);
+        bytes += size;
+    }
+    uint64_t time = now() - began;
+    printf("{\"ns\": %llu, \"files\": %ld, \"bytes\": %llu}\n", (unsigned long long)time, count,
+           (unsigned long long)bytes);
+    return 0;
+}
+
+static int command_write(char **argv)
+{
+    uint64_t size = strtoull(argv[1], NULL, 10);
+    char *buffer = aligned(CHUNK);
+    uint64_t began = now();
+    int file = open(argv[0], O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (file < 0)
+        die("%s", argv[0]);
+    for (uint64_t at = 0; at < size; at += CHUNK) {
+        stamp(buffer, CHUNK, at);
+        write_all(file, buffer, size - at < CHUNK ? size - at : CHUNK, argv[0]);
+    }
+    /* What the kernel has kept back until now belongs to the time, too. */
+    if (fsync(file) < 0 || close(file) < 0)
+        die("fsync or close of %s", argv[0]);
+    uint64_t time = now() - began;
+    printf("{\"ns\": %llu, \"bytes\": %llu}\n", (unsigned long long)time, (unsigned long long)size);
+    return 0;
+}
+
 static int command_sink(void)
 {
     uint64_t total = 0;
@@ -393,6 +493,12 @@ int main(int argc, char **argv)
         return command_list(argv + 2, 0);
     if (strcmp(command, "random") == 0 && argc == 5)
         return command_list(argv + 2, 1);
+    if (strcmp(command, "stat") == 0 && argc == 5)
+        return command_stat(argv + 2);
+    if ((strcmp(command, "create") == 0 || strcmp(command, "unlink") == 0) && argc == 4)
+        return command_small(argv + 2, command[0] == 'c');
+    if (strcmp(command, "write") == 0 && argc == 4)
+        return command_write(argv + 2);
     if (strcmp(command, "sink") == 0 && argc == 2)
         return command_sink();
     fputs("client: see the head of client.c for the commands\n", stderr);

@@ -28,8 +28,10 @@ HERE = Path(__file__).resolve().parent
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MS_NOATIME = 0x400
 _MNT_FORCE, _MNT_DETACH = 1, 2
 _PR_SET_CHILD_SUBREAPER = 36
+_LIBFUSE = "libfuse3.so.3"
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -292,6 +294,12 @@ class Bench:
         self.environment = {**os.environ, "LC_ALL": "C", "XDG_RUNTIME_DIR": str(runtime)}
         # Compiled modules are kept, as after any installation: else start-up would measure the compiler.
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        # mfusepy takes libfuse 2 where both are installed (bindfs brings it); it is to be measured at its best.
+        try:
+            ctypes.CDLL(_LIBFUSE)
+            self.environment.setdefault("FUSE_LIBRARY_PATH", _LIBFUSE)
+        except OSError:
+            pass
         return self
 
     def __exit__(
@@ -335,6 +343,13 @@ class Bench:
         return descendants(os.getpid()) - {self._watcher}
 
     # ---- servers and clients ----
+
+    def tmpfs(self, target: Path, size: int) -> None:
+        """Mount an empty tmpfs of at most `size` bytes; it is gone with the run."""
+        options = b"size=%d,mode=755" % size
+        if _LIBC.mount(b"bench", os.fsencode(target), b"tmpfs", _MS_NOATIME, options) != 0:
+            raise _mount_error("mount of a tmpfs", str(target))
+        self.targets.append(target)
 
     def server(self, name: str) -> Server:
         """Make a server with a fresh mount point; not started yet."""

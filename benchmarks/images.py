@@ -355,17 +355,17 @@ class Record:
         self.trouble = ""
         self.remark = ""
 
-    def summary(self, server: str) -> dict[str, Any]:
+    def summary(self, *, costs: bool = True) -> dict[str, Any]:
         if self.trouble or not self.seconds:
             return {"trouble": self.trouble or "not measured"}
         result: dict[str, Any] = {
-            "seconds": round(median(self.seconds), 4),
-            "samples": [round(second, 4) for second in self.seconds],
+            "seconds": round(median(self.seconds), 6),
+            "samples": [round(second, 6) for second in self.seconds],
             "answer": self.answer,
         }
         if self.remark:
             result["remark"] = self.remark
-        if server != KERNEL:  # its work is on nobody's account
+        if costs:  # the work of the kernel is on nobody's account
             result["server_cpu_seconds"] = round(median(self.cpu), 3)
             result["server_peak_mib"] = round(max(self.peak) / (1 << 20), 1)
         return result
@@ -412,7 +412,7 @@ def run(
         result["images"][compressor] = {
             "facts": public,
             "servers": {
-                name: {case: record.summary(name) for case, record in by_case.items()}
+                name: {case: record.summary(costs=name != KERNEL) for case, record in by_case.items()}
                 | {"mount": _mount_summary(mounts[name])}
                 for name, by_case in records.items()
             },

@@ -6,6 +6,7 @@ import math
 from statistics import median
 from typing import Any, NamedTuple
 
+import directory
 import floor
 import images
 
@@ -51,6 +52,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         found += _floor_goals(results["floor"])
     if "images" in results:
         found += _image_goals(results["images"])
+    if "directory" in results:
+        found += _directory_goals(results["directory"])
     startup = results.get("startup", {})
     if "ratio" in startup:
         found.append(Goal("start-up", "run -- true against python -c pass", startup["ratio"], 6))
@@ -110,6 +113,33 @@ def _image_goals(results: dict[str, Any]) -> list[Goal]:
     return found
 
 
+# Against the fastest C peer of each line, by what decides there.
+PEER_LIMITS = {directory.OFF: 1.2, directory.ON: 1.0, directory.DEFAULT: 1.0}
+PYTHON_LIMIT = 1.5
+
+
+def _directory_goals(results: dict[str, Any]) -> list[Goal]:
+    """Without root the kernel does not move contents past the server, so there those lines are judged as well."""
+    found: list[Goal] = []
+    servers = results["servers"]
+    for line in directory.LINES:
+        for name in (directory.FUSEWIRE, directory.ROOTLESS) if line.data else (directory.FUSEWIRE,):
+            if line.name not in servers.get(name, {}):
+                continue
+            title = line.title if name == directory.FUSEWIRE else f"{line.title} (as without root)"
+            fastest = directory.fastest_c(servers, line.name)
+            if fastest is not None:
+                ratio = _ratio(servers, name, fastest, line.name)
+                value = math.inf if ratio is None else ratio
+                found.append(Goal("directory", f"{title}, against {fastest}", value, PEER_LIMITS[line.caching]))
+            for peer in directory.PYTHON_PEERS:
+                ratio = _ratio(servers, peer, name, line.name)
+                if ratio is not None:
+                    text = f"{title}, times faster than {peer}"
+                    found.append(Goal("directory", text, ratio, PYTHON_LIMIT, least=True))
+    return found
+
+
 def _ratio(servers: dict[str, Any], name: str, other: str, case: str) -> float | None:
     ours = servers.get(name, {}).get(case, {})
     theirs = servers.get(other, {}).get(case, {})
@@ -150,12 +180,14 @@ def text(results: dict[str, Any]) -> str:
         parts.append("The machine was busy: do not trust these figures.")
     if results["quick"]:
         parts.append(
-            "Quick mode: a small image and few rounds. Its figures show that things work, not how fast they are."
+            "Quick mode: little work and few rounds. Its figures show that things work, not how fast they are."
         )
     if "floor" in results:
         parts += _floor_tables(results["floor"])
     if "images" in results:
         parts += _image_tables(results["images"])
+    if "directory" in results:
+        parts += _directory_tables(results["directory"])
     if "startup" in results:
         parts.append(_startup_text(results["startup"]))
     parts += [f"{suite} failed: {reason}" for suite, reason in results["failed"].items()]
@@ -222,6 +254,44 @@ def _image_tables(results: dict[str, Any]) -> list[str]:
                 words = figure.get("trouble") or figure.get("remark")
                 if words and words != "not measured":
                     parts.append(f"  {name}, {images.TITLES[case]}: {words}")
+    return parts + _missing(results)
+
+
+def _directory_tables(results: dict[str, Any]) -> list[str]:
+    servers, lines = results["servers"], results["lines"]
+    if not servers:
+        return _missing(results)
+    names = list(servers)
+    plan = results["plan"]
+    head = (
+        f"Directory: {results['place']}; medians of {results['rounds']} rounds. {plan['entries']} entries walked, "
+        f"{plan['stats_off']} stats without and {plan['stats_on']} x {plan['passes']} with caching, {plan['small']} "
+        f"small files, {plan['archive']} in the archive, {plan['repository']} in the repository, "
+        f"{plan['big'] >> 20} MiB in sequence, {plan['blocks']} random blocks of 4 KiB in {plan['span'] >> 20} MiB"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
+    rows = [["seconds", *names]]
+    rows += [[title, *(_seconds(servers[name][line]) for name in names)] for line, title in lines.items()]
+    parts = [head, f"Versions: {versions}", _table(rows)]
+    for ours in (directory.FUSEWIRE, directory.ROOTLESS):
+        others = [name for name in names if name not in (directory.FUSEWIRE, directory.ROOTLESS)]
+        if ours not in servers or not others:
+            continue
+        rows = [[f"{ours}, against", *others]]
+        for line, title in lines.items():
+            ratios = [_ratio(servers, ours, other, line) for other in others]
+            rows.append([title, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+        parts.append(_table(rows))
+    users = [name for name in names if name != directory.NATIVE]
+    if users:
+        rows = [["server CPU s / peak MiB", *users]]
+        rows += [[title, *(_cost(servers[name][line]) for name in users)] for line, title in lines.items()]
+        parts.append(_table(rows))
+    for name in names:
+        for line, figure in servers[name].items():
+            words = figure.get("trouble") or figure.get("remark")
+            if words and words != "not measured":
+                parts.append(f"  {name}, {lines[line]}: {words}")
     return parts + _missing(results)
 
 

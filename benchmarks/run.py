@@ -1,4 +1,4 @@
-"""Runs the benchmarks: python benchmarks/run.py [floor|images|startup|all] [--quick]; README.md says more."""
+"""Runs the benchmarks: python benchmarks/run.py [floor|images|startup|directory|all] [--quick]; README.md says more."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import directory
 import floor
 import images
 import report
 import startup
 from harness import HERE, Bench, BenchError, MissingError, Progress, machine
 
-SUITES = ("floor", "images", "startup")
+SUITES = ("floor", "images", "startup", "directory")
 SERVERS = {
     name.lower()
     for name in (
         *(floor.C, floor.FUSEWIRE, floor.PYFUSE3, floor.MFUSEPY),
         *(images.LOW_LEVEL, images.HIGH_LEVEL, images.GIVEN, images.RATARMOUNT, images.KERNEL),
+        *directory.SERVERS,
     )
 }
 
@@ -40,9 +42,12 @@ def _names(text: str) -> set[str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description="Measures Fusewire beside its peers.")
     parser.add_argument("suite", nargs="?", choices=(*SUITES, "all"), default="all")
-    parser.add_argument("--quick", action="store_true", help="under two minutes: a small image, few rounds")
+    parser.add_argument("--quick", action="store_true", help="minutes: little work, few rounds")
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="rounds of floor and images (default: 31 and 5; quick: 5 and 2)"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="rounds of floor, images and directory (default: 31, 5 and 5; quick: 5, 2 and 1)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the figures go (default: in the cache directory)"
@@ -57,7 +62,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--squashfuse-ll", metavar="PATH", help="another squashfuse_ll to measure beside Debian's")
     parser.add_argument("--servers", type=_names, default=set(), metavar="A,B", help="only these servers")
     parser.add_argument(
-        "--cases", type=_names, default=set(), metavar="A,B", help=f"only these cases: {', '.join(images.CASES)}"
+        "--cases",
+        type=_names,
+        default=set(),
+        metavar="A,B",
+        help=f"only these; images: {', '.join(images.CASES)}; directory: {', '.join(directory.NAMES)}",
     )
     parser.add_argument(
         "--compressors", type=_names, default=set(images.COMPRESSORS), metavar="A,B", help="only these images"
@@ -67,9 +76,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is not met")
     arguments = parser.parse_args()
-    unknown = arguments.cases - set(images.CASES)
+    unknown = arguments.cases - {*images.CASES, *directory.NAMES}
     if unknown:
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(images.CASES)}")
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; --help lists them")
     unknown = arguments.servers - SERVERS
     if unknown:
         parser.error(f"no such server: {', '.join(sorted(unknown))}; there are {', '.join(sorted(SERVERS))}")
@@ -92,6 +101,7 @@ def _measure(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any
             "images": lambda: images.run(
                 bench, rounds or (2 if quick else 5), arguments.squashfuse_ll, servers, arguments.cases, compressors
             ),
+            "directory": lambda: directory.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
         }
         for name, suite in suites.items():
             if arguments.suite in (name, "all"):
