@@ -37,7 +37,7 @@ _BACKING_MAP = layout("fuse_backing_map").pack
 _SHORT_WAIT = 0.0001
 _MOST_TRIES = 64
 # Up to so many bytes of a file are read without looking whether another worker could be at work meanwhile.
-_LITTLE = 32 << 10
+_LITTLE = 256 << 10
 _CAN_SPIN = len(os.sched_getaffinity(0)) > 1
 
 

@@ -43,9 +43,8 @@ class Passthrough(Directories, Ioctls, Data):
         if config.security_label:
             want |= abi.FUSE_SECURITY_CTX
         if self._backs:
-            # Writes that never reach us cannot clear set-user-ID bits here: that is left to the kernel then.
             want |= abi.FUSE_PASSTHROUGH
-        elif config.killpriv_v2:
+        if config.killpriv_v2:
             want |= abi.FUSE_HANDLE_KILLPRIV_V2
         if config.allow_mmap:
             want |= abi.FUSE_DIRECT_IO_ALLOW_MMAP

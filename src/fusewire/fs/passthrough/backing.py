@@ -12,6 +12,7 @@ from _thread import allocate_lock
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import Base
+from fusewire.linux import files
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # EPERM: no CAP_SYS_ADMIN. EOPNOTSUPP, ENOTTY: the kernel has none. ELOOP: the host's filesystem is stacked already.
 _NEVER = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
+_CAP_FSETID = 4  # <linux/capability.h>
+_S_ISUID_OR_ISGID = 0o6000
 
 
 class Backing(Base):
@@ -29,6 +32,7 @@ class Backing(Base):
     def __init__(self, source: int, config: Config) -> None:
         super().__init__(source, config)
         self._backs = config.passthrough and self._trusted
+        self._backed = False  # it has worked once
         self._backing_lock = allocate_lock()  # over `opened` and `backing` of every node
 
     def init(self, connection: Connection) -> None:
@@ -36,30 +40,35 @@ class Backing(Base):
         if not connection.flags & abi.FUSE_PASSTHROUGH:
             self._backs = False
 
-    def _backing_of(self, node: Node, fd: Fd) -> int:
-        """Count an open of a node, and give its backing id, or 0 if the file is served by us.
+    def _backing_of(self, node: Node, fd: Fd, mode: int) -> int:
+        """Count an open of a node, and give its backing id, or 0 if the file is served by us. `mode`: the file's now.
 
         In which way `fd` is open does not matter: the kernel opens the file once more for each of its users
-        (fuse_passthrough_open), as the server and with the user's flags.
+        (fuse_passthrough_open), with the user's flags and the credentials of who registers it here. Those have no
+        CAP_FSETID: what is written clears set-user-ID bits then, for the writes never reach us.
         """
         if not self._backs:
             return 0
         with self._backing_lock:
             node.opened += 1
-            if node.opened == 1 and self._connection is not None:
+            if node.opened == 1 and self._connection is not None and not mode & _S_ISUID_OR_ISGID:
+                before = files.effective_capabilities()
+                files.set_effective_capabilities(before & ~(1 << _CAP_FSETID))
                 try:
                     node.backing = self._connection.backing_open(fd.number)
                 except OSError as error:
-                    if error.errno in _NEVER:
+                    if error.errno in _NEVER and not self._backed:
                         self._backs = False
-                    node.backing = 0
+                finally:
+                    files.set_effective_capabilities(before)
+                self._backed = self._backed or node.backing != 0
             return node.backing
 
     def _backing_end(self, node: Node) -> None:
         """Count the end of an open file; with the last one the backing file goes."""
+        if not self._backs:
+            return
         with self._backing_lock:
-            if not node.opened:
-                return
             node.opened -= 1
             if node.opened == 0 and node.backing:
                 backing, node.backing = node.backing, 0

@@ -163,7 +163,7 @@ class Base(Operations):
 
     def _status(self, node: Node) -> tuple[int, ...]:
         """Give a node's statx, without opening it where it has no descriptor."""
-        fd = node.fd
+        fd = node.fd or node.lent
         if fd is None:
             parent = node.parent
             above = parent.fd if parent is not None else None  # once: another thread may close it for want of room
@@ -239,6 +239,8 @@ class Base(Operations):
         rules that depend on who makes it (setgid directories, quotas) must see him.
         """
         uid, gid = caller.uid, caller.gid
+        if not self._switch and self._uids is None and self._gids is None:
+            return None
         if self._uids is not None:
             uid = self._uids.to_host(uid)
         if self._gids is not None:

@@ -50,18 +50,19 @@ class Data(Locks, Backing, Names, Attributes):
     def _opened(self, node: Node, fd: Fd, flags: int, status: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Give the handle of an open file, and say what the kernel may keep of it."""
         handle = Handle(node, fd, flags)
+        node.lent = fd
         mode = self.config.mode
         open_flags = mode.open_flags
         if flags & os.O_DIRECT and self.config.allow_direct_io:
             open_flags |= abi.FOPEN_DIRECT_IO
-        elif mode.revalidate:
-            if status is None:
-                status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        if status is None and (mode.revalidate or self._backs):
+            status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        if status is not None and mode.revalidate:
             seen = (status[files.SX_SIZE], status[files.SX_MTIME], status[files.SX_MTIME_NS])
             if seen == node.seen:
                 open_flags |= abi.FOPEN_KEEP_CACHE
             node.seen = seen
-        backing = self._backing_of(node, fd)
+        backing = self._backing_of(node, fd, status[files.SX_MODE]) if status is not None else 0
         fh = self.handles.add(handle)
         if backing:
             return fh, abi.FOPEN_PASSTHROUGH, backing
@@ -87,38 +88,47 @@ class Data(Locks, Backing, Names, Attributes):
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
         how = self._flags(flags) & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        made: list[int] = []
         self.nodes.reserve()
         self._changing(above, name)
+        labels = self._labels(caller)
+        person = self._as(caller)
+        number = -1
         try:
             with self._umask(umask):
-                self._made(
-                    caller, directory, name, lambda at: made.append(os.open(name, how, mode & 0o7777, dir_fd=at))
-                )
+                number = os.open(name, how, mode & 0o7777, dir_fd=directory.number)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
-            # Somebody on the host was quicker. What there is now is opened like anything else that is found.
-            entry = self._found(above, directory, name)
-            try:
-                if entry[1][9] & S_IFMT not in (S_IFREG, S_IFDIR):
-                    # A symlink or a FIFO is for the client's kernel to resolve or open: it looks the name up again.
-                    raise OSError(errno.ESTALE, "there is something else by that name now", name)
-                return entry, self.open(caller, entry[0], flags, open_flags)
-            except BaseException:
-                self.nodes.forget(entry[0], 1)
-                raise
         except OSError as error:
-            for number in made:
-                os.close(number)
             raise self.nodes.explain(error) from None
-        fd = Fd(made[0])
+        finally:
+            if person is not None:
+                person.leave()
+        if number < 0:
+            return self._open_existing(caller, above, directory, name, flags, open_flags)
+        fd = Fd(number)
+        if labels:
+            self._set_labels(directory, name, labels)
         status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
         entry = self._entry(above, directory, name, status)
         try:
             return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
         except BaseException:
             self.nodes.forget(entry[0], 1)  # the kernel hears of an error only
+            raise
+
+    def _open_existing(
+        self, caller: Caller, above: Node, directory: Fd, name: bytes, flags: int, open_flags: int
+    ) -> tuple[EntryTuple, tuple[int, ...]]:
+        """Open what somebody on the host was quicker to make, like anything else that is found."""
+        entry = self._found(above, directory, name)
+        try:
+            if entry[1][9] & S_IFMT not in (S_IFREG, S_IFDIR):
+                # A symlink or a FIFO is for the client's kernel to resolve or open: it looks the name up again.
+                raise OSError(errno.ESTALE, "there is something else by that name now", name)
+            return entry, self.open(caller, entry[0], flags, open_flags)
+        except BaseException:
+            self.nodes.forget(entry[0], 1)
             raise
 
     def tmpfile(  # type: ignore[override]
@@ -149,6 +159,10 @@ class Data(Locks, Backing, Names, Attributes):
 
     def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
         handle = self.handles.remove(fh)
+        if handle.lock is not None:  # a directory's
+            return
+        if handle.node.lent is handle.fd:
+            handle.node.lent = None
         self._handle_end(handle, release_flags)
         self._backing_end(handle.node)
 
@@ -202,6 +216,8 @@ class Data(Locks, Backing, Names, Attributes):
         fd = self.handles.get(fh).fd
         if offset >> 63:  # a negative one: no file has data there, lseek(2)
             raise OSError(errno.ENXIO, "no file has such an offset", offset)
+        if whence > os.SEEK_HOLE:
+            raise OSError(errno.EINVAL, "no such way to seek", whence)
         return os.lseek(fd.number, offset, whence)
 
     def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> None:

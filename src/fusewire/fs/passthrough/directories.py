@@ -16,7 +16,7 @@ from fusewire.fs.passthrough.nodes import STATUS
 from fusewire.fs.passthrough.watch import Watch
 from fusewire.linux import files
 from fusewire.wire import abi
-from fusewire.wire.codec import DirBuffer
+from fusewire.wire.codec import DIRENTPLUS, DirBuffer, timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +40,7 @@ class Directories(Watch):
         return self.handles.add(handle), self.config.mode.dir_flags
 
     def releasedir(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
+        self._directory(fh)  # a file's has more to it
         self.handles.remove(fh)
 
     def fsyncdir(self, nodeid: int, fh: int, fsync_flags: int) -> None:
@@ -63,13 +64,22 @@ class Directories(Watch):
     ) -> Buffer:
         handle = self._directory(fh)
         buffer = DirBuffer(size)
-        node, directory = handle.node, handle.fd
-        statx, entry, room, add = files.statx, self._entry, buffer.room_for_plus, buffer.add_plus
+        node, directory, data = handle.node, handle.fd, buffer.data
+        statx, enter, attributes, add, pack = (
+            files.statx,
+            self.nodes.enter,
+            self._attr,
+            buffer.add_plus,
+            DIRENTPLUS.pack,
+        )
+        (entry_s, entry_ns), (attr_s, attr_ns) = timeout(self._entry_timeout), timeout(self._attr_timeout)
 
         def add_entry(name: bytes, ino: int, cookie: int, kind: int) -> bool:
             if name in (b".", b".."):
                 return add(name, cookie, None, ino, kind)
-            if not room(name):
+            length = len(name)
+            padding = -length & 7
+            if len(data) + 152 + length + padding > size:
                 return False
             try:
                 status = statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS)
@@ -77,7 +87,13 @@ class Directories(Watch):
                 # Removed since it was read, or not to be had (a dead network mount): a name without an inode. Whoever
                 # looks it up hears why.
                 return add(name, cookie, None, ino, kind)
-            return add(name, cookie, entry(node, directory, name, status))
+            nodeid, child = enter(node, directory, name, status)
+            attr = attributes(child, status)
+            data.extend(pack(
+                nodeid, 0, entry_s, attr_s, entry_ns, attr_ns, *attr, attr[0], cookie, length, attr[9] >> 12
+            ))  # fmt: skip
+            data.extend(name + bytes(padding))
+            return True
 
         self._list(handle, offset, size, add_entry)
         return buffer.data

@@ -62,19 +62,16 @@ class Names(Watch):
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
         self._changing(above, name)
-        self._made(caller, directory, name, make)
-        return self._found(above, directory, name)
-
-    def _made(self, caller: Caller, directory: Fd, name: bytes, make: Callable[[int], None]) -> None:
+        labels = self._labels(caller)
         person = self._as(caller)
         try:
-            labels = self._labels(caller)
             make(directory.number)
         finally:
             if person is not None:
                 person.leave()
         if labels:
             self._set_labels(directory, name, labels)
+        return self._found(above, directory, name)
 
     def _labels(self, caller: Caller) -> list[tuple[bytes, bytes]]:
         """Give the security labels that came with the request, under the names that they have on the host."""
@@ -178,8 +175,27 @@ class Names(Watch):
         if other is not None:
             other.parent, other.name = above, name
 
-    def _umask(self, mask: int) -> Umask:
-        return Umask(self, mask if self.flags & abi.FUSE_DONT_MASK else 0)
+    def _umask(self, mask: int) -> Umask | NoUmask:
+        if not self.flags & abi.FUSE_DONT_MASK:
+            if hasattr(self._threads, "own_umask") and self._threads.own_umask:
+                return _NO_UMASK
+            mask = 0
+        return Umask(self, mask)
+
+
+class NoUmask:
+    """A umask that is right already: this worker's own, and the kernel has applied the caller's."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NO_UMASK = NoUmask()
 
 
 class Umask:

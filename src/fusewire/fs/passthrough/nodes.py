@@ -62,6 +62,7 @@ class Node:
         "handle",
         "key",
         "kind",
+        "lent",
         "mount",
         "name",
         "opened",
@@ -78,6 +79,7 @@ class Node:
         self.parent = parent
         self.name = name
         self.fd: Fd | None = None
+        self.lent: Fd | None = None  # the descriptor of an open file of this inode, which does as well
         self.handle: bytes | None = None
         self.pinned = False
         self.gone = False  # forgotten: whoever is still at it keeps no descriptor in it
@@ -120,15 +122,16 @@ class Nodes:
         return count
 
     def fd(self, node: Node) -> Fd:
-        """Give the node's O_PATH descriptor, to be held in a local variable while its number is used.
+        """Give a descriptor of the inode, to be held in a local variable while its number is used.
 
+        It is an O_PATH one, or that of an open file: good for *at() calls and for its path below /proc.
         Raises OSError: ESTALE if the inode cannot be reached any more, ENFILE if there are too many open files.
         """
         found = node.fd
         if found is not None:
             node.used = True
             return found
-        return self._reopen(node)
+        return node.lent or self._reopen(node)
 
     def _reopen(self, node: Node) -> Fd:
         if node.handle is not None:
