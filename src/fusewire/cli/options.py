@@ -347,7 +347,7 @@ _DIRECTORY = (
     _Row("killpriv_v2", "the server clears set-user-ID bits (default)", directory=True),
     _Row("readdirplus", "attributes come with names (default, but for cache=none)", directory=True),
     _Row("announce_submounts", "mounts below the directory are shown as such (default)", directory=True),
-    _Row("allow_direct_io", "O_DIRECT reaches the host (default)", directory=True),
+    _Row("allow_direct_io", "O_DIRECT passes the cache by (default)", directory=True),
     _Row("allow_mmap", "shared mappings with cache=none (default)", directory=True),
     _Row(
         "inode_file_handles",

@@ -171,7 +171,7 @@ class Channel:
                             room = bytearray(16 + reply.range.size)
                         self._write_file(fd, reply, room)
                         reply = None  # it may hold the last reference to a descriptor
-                    if operations.idle_work and self._leader == me and not self._waiting.poll(0):
+                    if operations.idle_work and self._leader == me and not self._more():
                         operations.idle()
                 except OSError as error:
                     if error.errno == _NOBODY_WAITS:
@@ -192,8 +192,12 @@ class Channel:
         """
         before = perf_counter()
         self._asleep = True
-        self._waiting.poll()
-        self._asleep = False
+        try:
+            self._waiting.poll()
+        except RuntimeError:
+            return  # another worker waits there: it has taken the lead from this one
+        finally:
+            self._asleep = False
         waited = perf_counter() - before
         if self._parked:
             self._ring()
@@ -205,8 +209,15 @@ class Channel:
     def _hand_over(self, long: bool) -> None:
         """Let another worker read, if this one does and there is something to read, or it will be away for long."""
         me = get_ident()
-        if self._leader == me and (long or self._waiting.poll(0)):
+        if self._leader == me and (long or self._more()):
             self._release(me)
+
+    def _more(self) -> bool:
+        """Tell whether there is a request to be read."""
+        try:
+            return bool(self._waiting.poll(0))
+        except RuntimeError:
+            return False  # another worker waits there: it has taken the lead from this one
 
     def _release(self, leader: int) -> None:
         """Let somebody else lead, if `leader` still does."""

@@ -28,9 +28,9 @@ _S_ISUID, _S_ISGID, _S_IXGRP = 0o4000, 0o2000, 0o0010
 _CHANGES = abi.FATTR_MODE | abi.FATTR_SIZE | abi.FATTR_ATIME | abi.FATTR_MTIME
 
 
-def _fuse_statx(status: tuple[int, ...], uid: int, gid: int) -> tuple[int, ...]:
-    """The fields of fuse_statx are those of statx(2), in its order; ids are the client's."""
-    return status[: files.SX_UID] + (uid, gid) + status[files.SX_MODE : files.SX_MNT_ID]
+def _fuse_statx(status: tuple[int, ...], attr: Attr) -> tuple[int, ...]:
+    """The fields of fuse_statx are those of statx(2), in its order; ids and inode number are the client's."""
+    return (*status[: files.SX_UID], attr[11], attr[12], attr[9], attr[0], *status[files.SX_SIZE : files.SX_MNT_ID])
 
 
 class Attributes(Base):
@@ -52,7 +52,7 @@ class Attributes(Base):
         how = files.AT_EMPTY_PATH | sx_flags & (files.AT_STATX_FORCE_SYNC | files.AT_STATX_DONT_SYNC)
         status = files.statx(fd.number, b"", how, STATUS)
         attr = self._attr(node, status)
-        return _fuse_statx(status, attr[11], attr[12]), self._attr_timeout, 0
+        return _fuse_statx(status, attr), self._attr_timeout, 0
 
     def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> tuple[Attr, float]:
         node = self.nodes.get(nodeid)

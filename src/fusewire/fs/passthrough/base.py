@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.idmap import IdMap, namespace_rules, parse_translations
-from fusewire.fs.passthrough.nodes import STATUS, Fd, Node, Nodes, identity
+from fusewire.fs.passthrough.nodes import STATUS, Fd, Node, Nodes
 from fusewire.fs.xattrmap import XattrMap
 from fusewire.inodes import HandleTable
 from fusewire.linux import caller as credentials
@@ -107,6 +107,7 @@ class Base(Operations):
         self.handles: HandleTable[Handle] = HandleTable()
         self.nodes.others.append(self.handles)
         self._submounts = False
+        self._devices: dict[tuple[int, ...], int] = {}  # devices below the directory, in the order of their appearance
         self._may_block: Callable[[bool], None] | None = None
         self._threads = threading_local()
         self._umask_lock = allocate_lock()
@@ -163,7 +164,7 @@ class Base(Operations):
 
     def _status(self, node: Node) -> tuple[int, ...]:
         """Give a node's statx, without opening it where it has no descriptor."""
-        fd = node.fd or node.lent
+        fd = node.fd or self.nodes.lent(node)
         if fd is None:
             parent = node.parent
             above = parent.fd if parent is not None else None  # once: another thread may close it for want of room
@@ -172,7 +173,7 @@ class Base(Operations):
                     status = files.statx(above.number, node.name, files.AT_SYMLINK_NOFOLLOW, STATUS)
                 except FileNotFoundError:
                     status = ()
-                if status and identity(status) == node.key and status[files.SX_MODE] & S_IFMT == node.kind:
+                if status and self.nodes.identity(status) == node.key and status[files.SX_MODE] & S_IFMT == node.kind:
                     return status
             fd = self.nodes.fd(node)
         return files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
@@ -183,10 +184,24 @@ class Base(Operations):
             uid = self._uids.to_guest(uid)
         if self._gids is not None:
             gid = self._gids.to_guest(gid)
+        if node.mount == self.nodes.root.mount:
+            return attributes(status, uid, gid)
+        if not self._submounts:
+            attr = attributes(status, uid, gid)
+            return (attr[0] ^ self._elsewhere(node), *attr[1:])
         parent = node.parent
-        if self._submounts and parent is not None and parent.mount != node.mount:
-            return attributes(status, uid, gid, abi.FUSE_ATTR_SUBMOUNT)
-        return attributes(status, uid, gid)
+        top = parent is not None and parent.mount != node.mount
+        return attributes(status, uid, gid, abi.FUSE_ATTR_SUBMOUNT if top else 0)
+
+    def _elsewhere(self, node: Node) -> int:
+        """Give what to mark inode numbers of another filesystem than the root's with, where all are shown as one.
+
+        Two files of the same number and device would be taken for one with two names, by tar, rsync and cp.
+        """
+        device = node.key[2:4]
+        if self._submounts or device == self.nodes.root.key[2:4]:
+            return 0
+        return self._devices.setdefault(device, len(self._devices) + 1) << 48
 
     def _entry(self, parent: Node, directory: Fd, name: bytes, status: tuple[int, ...]) -> EntryTuple:
         """Count a lookup of a name whose status is given, and make the reply."""

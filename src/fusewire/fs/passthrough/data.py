@@ -50,7 +50,7 @@ class Data(Locks, Backing, Names, Attributes):
     def _opened(self, node: Node, fd: Fd, flags: int, status: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Give the handle of an open file, and say what the kernel may keep of it."""
         handle = Handle(node, fd, flags)
-        node.lent = fd
+        node.lent.append(fd)
         mode = self.config.mode
         open_flags = mode.open_flags
         if flags & os.O_DIRECT and self.config.allow_direct_io:
@@ -161,8 +161,7 @@ class Data(Locks, Backing, Names, Attributes):
         handle = self.handles.remove(fh)
         if handle.lock is not None:  # a directory's
             return
-        if handle.node.lent is handle.fd:
-            handle.node.lent = None
+        handle.node.lent.remove(handle.fd)
         self._handle_end(handle, release_flags)
         self._backing_end(handle.node)
 
@@ -170,6 +169,8 @@ class Data(Locks, Backing, Names, Attributes):
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
     ) -> FileRange:
         fd = self.handles.get(fh).fd
+        if offset >> 63:
+            raise OSError(errno.EINVAL, "no file has such an offset", offset)
         return FileRange(fd.number, offset, size, fd)
 
     def write(

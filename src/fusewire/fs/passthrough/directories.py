@@ -56,7 +56,11 @@ class Directories(Watch):
     ) -> Buffer:
         handle = self._directory(fh)
         buffer = DirBuffer(size)
-        self._list(handle, offset, size, buffer.add)
+        mark = self._elsewhere(handle.node)
+        if not mark:
+            self._list(handle, offset, size, buffer.add)
+        else:
+            self._list(handle, offset, size, lambda name, ino, cookie, kind: buffer.add(name, ino ^ mark, cookie, kind))
         return buffer.data
 
     def readdirplus(
@@ -117,7 +121,12 @@ class Directories(Watch):
             while not full:
                 if not pending:
                     buffer = bytearray(min(max(size, 4096), _MOST))
-                    length = files.getdents64(handle.fd.number, buffer)
+                    try:
+                        length = files.getdents64(handle.fd.number, buffer)
+                    except OSError:
+                        if handle.cookie != offset:  # what has been counted has to be given; the error comes again
+                            break
+                        raise
                     if not length:
                         break
                     pending = files.parse_dents(buffer, length)

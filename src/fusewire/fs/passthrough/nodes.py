@@ -20,18 +20,21 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from fusewire.inodes import InodeTable
-from fusewire.linux import files
+from fusewire.linux import files, mountinfo
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sized
+    from collections.abc import Sized
 
 STATUS = files.STATX_BASIC_STATS | files.STATX_BTIME | files.STATX_MNT_ID
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHAIN = 4096  # components of a path that is opened anew; PATH_MAX leaves room for no more
 
 
-# The identity of an inode, of a statx. Not its time of birth, which overlayfs changes when it copies a file up.
-identity = itemgetter(files.SX_INO, files.SX_MNT_ID, files.SX_DEV_MINOR, files.SX_DEV_MAJOR)
+# The identity of an inode, of a statx. An inode number may be given out anew as soon as nobody holds the inode, and its
+# time of birth tells; but overlayfs changes that when it copies a file up.
+_IDENTITY = (files.SX_INO, files.SX_MNT_ID, files.SX_DEV_MINOR, files.SX_DEV_MAJOR)
+_anonymous = itemgetter(*_IDENTITY)
+_born = itemgetter(*_IDENTITY, files.SX_BTIME, files.SX_BTIME_NS)
 
 
 class Fd:
@@ -72,14 +75,14 @@ class Node:
         "used",
     )
 
-    def __init__(self, key: Hashable, mount: int, kind: int, parent: Node | None, name: bytes) -> None:
+    def __init__(self, key: tuple[int, ...], mount: int, kind: int, parent: Node | None, name: bytes) -> None:
         self.key = key
         self.mount = mount
         self.kind = kind  # S_IFMT bits; an inode never changes them
         self.parent = parent
         self.name = name
         self.fd: Fd | None = None
-        self.lent: Fd | None = None  # the descriptor of an open file of this inode, which does as well
+        self.lent: list[Fd] = []  # descriptors of open files of this inode, which do as well
         self.handle: bytes | None = None
         self.pinned = False
         self.gone = False  # forgotten: whoever is still at it keeps no descriptor in it
@@ -95,7 +98,9 @@ class Nodes:
     def __init__(self, root: int, *, budget: int, handles: bool = False) -> None:
         """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted."""
         status = files.statx(root, b"", files.AT_EMPTY_PATH, STATUS)
-        node = Node(identity(status), status[files.SX_MNT_ID], status[files.SX_MODE] & 0o170000, None, b"")
+        found = mountinfo.by_id(status[files.SX_MNT_ID])
+        self.identity = _anonymous if found is None or found.fstype == b"overlay" else _born
+        node = Node(self.identity(status), status[files.SX_MNT_ID], status[files.SX_MODE] & 0o170000, None, b"")
         node.fd = Fd(root)
         node.pinned = True
         self.root = node
@@ -131,7 +136,15 @@ class Nodes:
         if found is not None:
             node.used = True
             return found
-        return node.lent or self._reopen(node)
+        return self.lent(node) or self._reopen(node)
+
+    @staticmethod
+    def lent(node: Node) -> Fd | None:
+        """Give the descriptor of an open file of the node, if there is one."""
+        try:
+            return node.lent[-1]
+        except IndexError:
+            return None
 
     def _reopen(self, node: Node) -> Fd:
         if node.handle is not None:
@@ -155,7 +168,7 @@ class Nodes:
                 raise self.explain(error) from None
             status = files.statx(new.number, b"", files.AT_EMPTY_PATH, STATUS)
             # The number of an inode that is gone may be that of a FIFO by now, which must not be opened for real.
-            if identity(status) != at.key or status[files.SX_MODE] & 0o170000 != at.kind:
+            if self.identity(status) != at.key or status[files.SX_MODE] & 0o170000 != at.kind:
                 raise OSError(errno.ESTALE, "another file is where this one was", at.name)
             self.hold(at, new)
             fd = new
@@ -241,7 +254,7 @@ class Nodes:
 
     def enter(self, parent: Node, directory: Fd, name: bytes, status: tuple[int, ...]) -> tuple[int, Node]:
         """Count a lookup of what `name` in `parent` leads to, whose statx is given: (node id, node)."""
-        key = identity(status)
+        key = self.identity(status)
         kind = status[files.SX_MODE] & 0o170000
         known = self.table.again(key)
         if known is not None:
@@ -265,7 +278,7 @@ class Nodes:
             node.pinned = False
 
     def _known(self, status: tuple[int, ...]) -> Node | None:
-        nodeid = self.table.find(identity(status))
+        nodeid = self.table.find(self.identity(status))
         try:
             return self.table.get(nodeid) if nodeid else None
         except OSError:  # forgotten this moment
