@@ -31,7 +31,7 @@ COLOURS = {
     "mfusepy": "#c9a227",
     "mfusepy, 1 thread": "#e0c46c",
     "native": "#3d3d3d",
-    "Fusewire, rootless-like": "#e79aa3",
+    "Fusewire rootless-like": "#e79aa3",
     "bindfs": "#5f7f5f",
     "fuse-overlayfs": "#8fb38f",
     "passthrough_ll": "#2a5d67",

@@ -25,7 +25,7 @@ from harness import HERE, Bench, BenchError, MissingError, Server, fusewire_comm
 from images import Record
 from served import BLOCK, LIMIT, Work
 
-NATIVE, FUSEWIRE, ROOTLESS = "native", "Fusewire", "Fusewire, rootless-like"
+NATIVE, FUSEWIRE, ROOTLESS = "native", "Fusewire", "Fusewire rootless-like"
 BINDFS, OVERLAY = "bindfs", "fuse-overlayfs"
 LOW_LEVEL, HIGH_PERFORMANCE, HIGH_LEVEL = libfuse.EXAMPLES
 PYFUSE3, MFUSEPY = "pyfuse3", "mfusepy"

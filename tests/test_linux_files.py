@@ -697,3 +697,22 @@ for call in (lambda: files.setfsuid(0), lambda: files.setgroups([]), lambda: fil
         "[Errno 38] setgroups: Function not implemented",
         "[Errno 38] openat2: Function not implemented: '/'",
     ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="has capabilities to give up only as root")
+def test_prepared_capabilities_are_set_for_the_calling_thread_alone() -> None:
+    before = files.effective_capabilities()
+    lower, again = files.capability_setter(before & ~(1 << syscalls.CAP_FSETID)), files.capability_setter(before)
+    seen = []
+
+    def work() -> None:
+        lower()
+        seen.append(files.effective_capabilities())
+        again()
+        seen.append(files.effective_capabilities())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before & ~(1 << syscalls.CAP_FSETID), before]
+    assert files.effective_capabilities() == before

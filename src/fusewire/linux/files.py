@@ -25,7 +25,7 @@ from fusewire.linux import syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import NoReturn
 
 AT_FDCWD = -100
@@ -402,6 +402,24 @@ def set_effective_capabilities(mask: int) -> int:
     if _capset(_CAP_HEADER, _cap_words.pack(mask & 0xFFFFFFFF, *words[1:3], mask >> 32, *words[4:])):
         _fail("capset")
     return words[0] | words[3] << 32
+
+
+def capability_setter(mask: int) -> Callable[[], None]:
+    """Make a function that sets the effective capabilities of the thread that calls it, by one capset(2).
+
+    The permitted and inheritable ones are taken to be those of this thread now.
+    """
+    data = _CapData()
+    if _capget(_CAP_HEADER, data):
+        _fail("capget")
+    words: tuple[int, ...] = _cap_words.unpack_from(data)
+    wanted = _cap_words.pack(mask & 0xFFFFFFFF, *words[1:3], mask >> 32, *words[4:])
+
+    def set_effective() -> None:
+        if _capset(_CAP_HEADER, wanted):
+            _fail("capset")
+
+    return set_effective
 
 
 def unshare_fs() -> None:

@@ -67,6 +67,7 @@ class Channel:
         self._parked = False
         self._spin = 0
         self._nowait = hasattr(os, "RWF_NOWAIT")
+        self._slow = False
         self._waiting = select.poll()
         self._waiting.register(fd, select.POLLIN)
         if session.operations.announces_blocking:
@@ -329,9 +330,11 @@ class Channel:
         try:
             if self._leader != get_ident():
                 length = os.preadv(number, [target], offset)
-            elif size > _LITTLE or not self._nowait:
+            elif size > _LITTLE:
                 self._hand_over(False)
                 length = os.preadv(number, [target], offset)
+            elif not self._nowait:
+                length = self._read_unsure(number, target, offset)
             else:
                 length = self._read_little(number, target, offset)
         except OSError as error:
@@ -352,10 +355,18 @@ class Channel:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             self._nowait = False  # a filesystem that cannot tell
-            length = 0
-            self._hand_over(False)
+            return self._read_unsure(number, target, offset)
         if length < size:  # the end of the file, or of what was in the cache
             length += os.preadv(number, [target[length:]], offset + length)
+        return length
+
+    def _read_unsure(self, number: int, target: memoryview, offset: int) -> int:
+        """Read a little from where nobody can tell how long it takes: as the last time, is the best guess."""
+        if self._slow:
+            self._hand_over(True)
+        before = perf_counter()
+        length = os.preadv(number, [target], offset)
+        self._slow = perf_counter() - before > _SHORT_WAIT
         return length
 
     def _clone(self) -> int:

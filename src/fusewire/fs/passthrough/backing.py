@@ -33,6 +33,9 @@ class Backing(Base):
         super().__init__(source, config)
         self._backs = config.passthrough and self._trusted
         self._backed = False  # it has worked once
+        all_of_them = files.effective_capabilities()
+        self._lower = files.capability_setter(all_of_them & ~(1 << _CAP_FSETID))
+        self._raise = files.capability_setter(all_of_them)
         self._backing_lock = allocate_lock()  # over `opened` and `backing` of every node
 
     def init(self, connection: Connection) -> None:
@@ -52,15 +55,14 @@ class Backing(Base):
         with self._backing_lock:
             node.opened += 1
             if node.opened == 1 and self._connection is not None and not mode & _S_ISUID_OR_ISGID:
-                before = files.effective_capabilities()
-                files.set_effective_capabilities(before & ~(1 << _CAP_FSETID))
+                self._lower()
                 try:
                     node.backing = self._connection.backing_open(fd.number)
                 except OSError as error:
                     if error.errno in _NEVER and not self._backed:
                         self._backs = False
                 finally:
-                    files.set_effective_capabilities(before)
+                    self._raise()
                 self._backed = self._backed or node.backing != 0
             return node.backing
 
