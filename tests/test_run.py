@@ -633,3 +633,18 @@ def test_fifty_runs_leave_nothing(world: World, small: Path) -> None:
     assert world.pids() == []
     assert world.mounts() == []
     assert contents(world.home()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGABRT])
+def test_pid_namespace_passes_on_the_signal_that_ended_the_command(
+    world: World, small: Path, number: signal.Signals
+) -> None:
+    done = world.fw("run", f"{small}:/opt/image", "--pid", "--", "sh", "-c", f"kill -{int(number)} $$")
+    assert done.returncode == -number
+
+
+def test_squashed_owner_of_a_namespace_with_root_is_root(world: World, small: Path) -> None:
+    done = world.fw(
+        "run", f"{small}:/opt/image", "--map-root", "--squash-owner", "--", "stat", "-c", "%u:%g", "/opt/image"
+    )
+    assert done.stdout == "0:0\n"

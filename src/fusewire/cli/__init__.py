@@ -81,7 +81,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="fusewire",
-        description="Mount filesystems without root: squashfs images over FUSE, in a user namespace where need be.",
+        description="Mount filesystems without root: squashfs images and host directories over FUSE, in a namespace of "
+        "their own where need be.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -104,8 +105,8 @@ def _parser() -> _Parser:
         return sub
 
     # Where another command's exit status is given on, 125 is ours: env(1), timeout(1), `docker run`.
-    run = add("run", _run, "run a command with images mounted, seen by it alone", _RUN_USAGE, 125)
-    run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image, and the directory where it appears")
+    run = add("run", _run, "run a command with images or directories mounted, seen by it alone", _RUN_USAGE, 125)
+    run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image or directory, and where it appears")
     _add_options(run)
     _add_maps(run)
     run.add_argument("--pid", action="store_true", help="own PID namespace, with a /proc of its own and a reaping init")
@@ -118,7 +119,7 @@ def _parser() -> _Parser:
     run.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set for the command")
     run.add_argument("--cwd", metavar="DIR", help="working directory of the command, inside")
 
-    mount = add("mount", _mount, "mount an image where every shell of the user sees it", None)
+    mount = add("mount", _mount, "mount an image or a directory where every shell of the user sees it", None)
     mount.add_argument("source", metavar="SOURCE")
     mount.add_argument("target", metavar="TARGET", help="an empty directory, a missing name, or /dev/fd/N")
     _add_options(mount)

@@ -30,7 +30,7 @@ _ELSEWHERE = "/opt/fusewire-demo"
 _REASONS = {
     2: f"this process may not become user {NOBODY}",
     3: f"user {NOBODY} may not use the Python that is running, or the temporary directory",
-    4: "/dev/fuse is for root only here (Debian's fuse3 package makes it usable: chmod 0666 /dev/fuse)",
+    4: "/dev/fuse is for root only here (udev makes it usable where it runs: chmod 0666 /dev/fuse)",
 }
 
 

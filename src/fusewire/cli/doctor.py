@@ -136,7 +136,7 @@ def check_device(probe: Probe) -> Row:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         remedies = {
-            errno.EACCES: "ask for `chmod 666 /dev/fuse`; installing the package fuse3 makes that permanent",
+            errno.EACCES: "ask for `chmod 666 /dev/fuse`; udev does that where it runs",
             errno.EPERM: "the device rules of the container forbid it: start it with --device /dev/fuse",
             errno.ENODEV: "ask the administrator for `modprobe fuse`",
             errno.ENXIO: "ask the administrator for `modprobe fuse`",

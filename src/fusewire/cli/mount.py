@@ -194,6 +194,7 @@ class _Daemon:
 
     def run(self, tell: int | None) -> None:
         """Mount, report, serve until the mount is gone, clear up."""
+        from fusewire.cli.serving import own_ids_inside
         from fusewire.fs.sources import open_source
 
         control = None
@@ -203,6 +204,7 @@ class _Daemon:
         on_interrupt = signal.getsignal(signal.SIGINT)
         if callable(on_interrupt):  # Python's own, which would wait for what hangs
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        own_ids_inside(self.job.options, self.job.maps)
         filesystem = open_source(self.job.source, self.job.options)
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         signal.signal(signal.SIGINT, on_interrupt)

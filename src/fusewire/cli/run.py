@@ -399,9 +399,10 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
 
     What the command's side tells of its namespace and its mount points is added to the lists.
     """
-    from fusewire.cli.serving import make_server, speak_ids, tune_process
+    from fusewire.cli.serving import make_server, own_ids_inside, speak_ids, tune_process
     from fusewire.fs.sources import open_source
 
+    own_ids_inside(job.options, job.maps)
     try:
         filesystems = [open_source(spec.source, job.options) for spec in job.specs]
     except OSError as error:
@@ -496,19 +497,24 @@ def plan_of(maps: str) -> Plan:
 
 def _own_pids(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> NoReturn:
     """Start the first process of the new PID namespace and wait for it: it reaps, and its end ends all others."""
+    told, tell = os.pipe()
     init = os.fork()
     if init == 0:
-        _child(lambda: _init(job, cwd, mask, complain), complain)
+        os.close(told)
+        _child(lambda: _init(job, cwd, mask, complain, tell), complain)
     os.close(complain)
+    os.close(tell)
     status = supervise.supervise(init)
-    os._exit(_as_code(status))
+    # The first process of a PID namespace cannot die of a signal of its own: it says how the command has ended.
+    word = os.read(told, 4)
+    os._exit(supervise.leave(int.from_bytes(word, "little") if len(word) == 4 else status))
 
 
 def _as_code(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
 
 
-def _init(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> None:
+def _init(job: Run, cwd: str, mask: set[signal.Signals], complain: int, tell: int) -> None:
     from fusewire.linux import syscalls
 
     process.set_pdeathsig(signal.SIGKILL, 0)
@@ -524,6 +530,8 @@ def _init(job: Run, cwd: str, mask: set[signal.Signals], complain: int) -> None:
         _child(lambda: _become(job, cwd, mask), complain)
     os.close(complain)
     status = supervise.supervise(command, wait_all=job.wait_all, init=True)
+    if status >= 0:
+        os.write(tell, status.to_bytes(4, "little"))
     os._exit(_as_code(status))
 
 

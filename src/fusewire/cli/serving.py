@@ -53,6 +53,13 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     )
 
 
+def own_ids_inside(options: MountOptions, maps: str) -> None:
+    """Have `squash_owner` mean the user as the mount's namespace has him: where he is root inside, that is 0."""
+    if options.squash_owner and "root" in maps:
+        options.uid = 0 if options.uid is None else options.uid
+        options.gid = 0 if options.gid is None else options.gid
+
+
 def speak_ids(filesystem: Operations, pid: int) -> None:
     """Have a filesystem of the host's files speak the ids of the user namespace that process `pid` is in."""
     serve_namespace = getattr(filesystem, "serve_namespace", None)

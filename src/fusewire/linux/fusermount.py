@@ -23,6 +23,7 @@ NAMES = ("fusermount3", "fusermount")
 _SIGPIPE = 13
 _CAPABILITY_XATTR = "security.capability"
 _ST_NOSUID = 2
+_MTAB = "/etc/mtab"  # getmntent(3); a link to /proc/self/mounts on all but the barest systems
 
 # What the helper prints -> what to do. First match counts.
 _REMEDIES = (
@@ -75,6 +76,13 @@ def check(program: str) -> None:
     info = os.stat(program)
     if os.geteuid() == 0:
         return
+    if not os.path.exists(_MTAB):
+        # It would mount, and then refuse to unmount.
+        raise HelperError(
+            errno.ENOENT,
+            f"there is no {_MTAB}, without which {program} cannot unmount",
+            f"ask the administrator for `ln -s ../proc/self/mounts {_MTAB}`",
+        )
     if not (info.st_mode & stat.S_ISUID and info.st_uid == 0) and not _has_file_capabilities(program):
         raise HelperError(
             errno.EPERM,

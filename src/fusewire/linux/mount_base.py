@@ -276,7 +276,7 @@ def open_device() -> int:
             remedy = "ask the administrator for `modprobe fuse`; in a container, start it with `--device /dev/fuse`"
         elif number == errno.EACCES:
             reason = "/dev/fuse may not be opened by this user"
-            remedy = "ask the administrator for `chmod 666 /dev/fuse`, which installing fuse3 makes permanent"
+            remedy = "ask the administrator for `chmod 666 /dev/fuse`, which udev does where it runs"
         elif number == errno.EPERM:
             reason = "/dev/fuse is refused by the device rules of this container"
             remedy = "start the container with `--device /dev/fuse`"
