@@ -158,7 +158,7 @@ class Mounted(Answering):
         for name in ("mount", "oracle", "served"):
             place = orders[name] = os.path.join(self.base, name)
             os.mkdir(place, 0o755)
-            if uid:
+            if uid and os.geteuid() == 0:  # else the server is of the same user
                 os.chown(place, uid, uid)
         orders["make"] = make.replace("{place}", orders["served"])
         super().__init__([*words, "-c", PROGRAM, json.dumps(orders)])

@@ -287,7 +287,8 @@ print(can_switch())
 person = AsCaller()
 person.enter(os.getuid(), os.getgid(), os.getgroups())  # itself
 person.leave()
-for ids in ((1, os.getgid(), ()), (os.getuid(), 1, ()), (os.getuid(), os.getgid(), (7, 5))):
+groups = os.getgroups()  # one who keeps them is asked for nothing but the rest
+for ids in ((1, os.getgid(), groups), (os.getuid(), 1, groups), (os.getuid(), os.getgid(), (7, 5))):
     try: person.enter(*ids)
     except PermissionError as error: print(error.errno, error.strerror.partition(":")[0])
     print(files.setfsuid(files.NO_ID) == os.getuid(), files.setfsgid(files.NO_ID) == os.getgid())

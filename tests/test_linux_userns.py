@@ -190,7 +190,10 @@ def test_missing_ranges_say_which_line_to_ask_for() -> None:
     out = run("""
 try: userns.ranges_plan()
 except userns.UsernsError as error: print(error)
+else: print("mapped")
 """)
+    if os.geteuid() != 0 and out == "mapped\n":
+        pytest.skip("/etc/subuid and /etc/subgid give ranges to the user who runs the tests")
     assert "/etc/subuid gives no range to user" in out or "newuidmap is not installed" in out
 
 
