@@ -34,8 +34,8 @@ def test_default_plan_maps_an_unprivileged_caller_to_itself() -> None:
 userns.enter(userns.default_plan())
 print(os.getuid(), os.getgid(), open("/proc/self/uid_map").read().split(), open("/proc/self/setgroups").read().strip())
 """)
-    uid = NOBODY if os.geteuid() == 0 else os.geteuid()
-    assert out == f"{uid} {uid} ['{uid}', '{uid}', '1'] deny\n"
+    uid, gid = (NOBODY, NOBODY) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    assert out == f"{uid} {gid} ['{uid}', '{uid}', '1'] deny\n"
 
 
 def test_root_plan_maps_the_caller_to_root() -> None:

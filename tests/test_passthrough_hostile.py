@@ -65,7 +65,8 @@ class Rig:
         self._opened.append(filesystem)
 
         def log(message: str, error: BaseException | None) -> None:
-            self.complaints.append(f"{message}: {error!r}")
+            if os.geteuid() == 0 or not message.startswith("files belong to the server's user"):  # true of others
+                self.complaints.append(f"{message}: {error!r}")
 
         kernel = FakeKernel(Session(filesystem, log=log), uid=os.geteuid(), gid=os.getegid(), pid=os.getpid())
         kernel.init(flags=OFFERED & ~abi.FUSE_PASSTHROUGH)
@@ -240,6 +241,7 @@ def test_every_field_of_every_request_may_be_anything(rig: Rig, name: str) -> No
         with may_fail():
             kernel.finish(unique, 5.0)
     kernel.getattr(1)
+    rig.served.chmod(0o755)  # SETATTR took the mode away, and an ordinary user needs it
     assert kernel.resolve(b"directory").nodeid
 
 

@@ -110,7 +110,7 @@ class AsCaller:
                 files.setfsgid(gid)
                 if files.setfsgid(files.NO_ID) != gid:
                     raise _refused(f"group {gid}")
-            wanted, here = sorted(groups), os.getgroups()
+            wanted, here = sorted(groups), sorted(os.getgroups())
             if wanted != here:
                 self._groups = here
                 self._take_groups(wanted)
