@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
 import threading
@@ -30,6 +31,7 @@ def filesystem(tmp_path: Path) -> Iterator[Passthrough]:
         yield made
     finally:
         made.destroy()
+        gc.collect()
 
 
 def caller(uid: int = 0, gid: int = 0, label: bytes = LABEL, groups: tuple[int, ...] = ()) -> Caller:
@@ -44,7 +46,7 @@ def in_thread(work: Callable[[], object]) -> object:
         try:
             found.append(work())
         except OSError as error:
-            found.append(error)
+            found.append(OSError(error.errno, str(error)))  # without its frames, which hold descriptors
 
     thread = threading.Thread(target=run)
     thread.start()
