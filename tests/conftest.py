@@ -13,6 +13,7 @@ import pytest
 
 import e2e
 import squashfs_images
+from fusewire.linux import syscalls
 
 DEADLINE = 90.0  # seconds until the processes of a test are ended
 
@@ -124,3 +125,10 @@ def fuse_user() -> int:
     if subprocess.run(["getent", "passwd", str(e2e.NOBODY)], stdout=subprocess.DEVNULL).returncode:
         pytest.skip(f"user {e2e.NOBODY} has no name here")
     return e2e.NOBODY
+
+
+@pytest.fixture
+def dumpable_again() -> Iterator[None]:
+    """A thread that changes its ids makes the whole process undumpable (commit_creds), which other tests look at."""
+    yield
+    syscalls.set_dumpable()

@@ -19,12 +19,7 @@ from fusewire.linux import files, syscalls
 from fusewire.linux.caller import AsCaller, can_switch, groups_of
 from rootless import rootless_python
 
-
-@pytest.fixture(autouse=True)
-def dumpable_again() -> Iterator[None]:
-    """A thread that changes its ids makes the whole process undumpable (commit_creds), which other tests look at."""
-    yield
-    syscalls.set_dumpable()
+pytestmark = pytest.mark.usefixtures("dumpable_again")
 
 
 ROOT = os.geteuid() == 0

@@ -22,12 +22,7 @@ import pytest
 from fusewire.linux import files, syscalls
 from rootless import rootless_python
 
-
-@pytest.fixture(autouse=True)
-def dumpable_again() -> Iterator[None]:
-    """A thread that changes its ids makes the whole process undumpable (commit_creds), which other tests look at."""
-    yield
-    syscalls.set_dumpable()
+pytestmark = pytest.mark.usefixtures("dumpable_again")
 
 
 ROOT = os.geteuid() == 0

@@ -9,17 +9,14 @@ from __future__ import annotations
 import errno
 import os
 
-from fusewire.linux import files
+from fusewire.linux import files, syscalls
 from fusewire.linux.userns import in_first_namespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_CAP_SETGID = 6  # <linux/capability.h>
-_CAP_SETUID = 7
-_CAP_SYS_ADMIN = 21
-_BOTH = 1 << _CAP_SETGID | 1 << _CAP_SETUID
+_BOTH = 1 << syscalls.CAP_SETGID | 1 << syscalls.CAP_SETUID
 _STATUS_SIZE = 16384  # bytes; what /proc/PID/status has without thousands of groups
 
 
@@ -66,7 +63,7 @@ def can_switch() -> bool:
 
 def may_administer() -> bool:
     """True if this thread has CAP_SYS_ADMIN in the first user namespace: trusted xattrs and backing files need it."""
-    return bool(files.effective_capabilities() >> _CAP_SYS_ADMIN & 1) and in_first_namespace()
+    return bool(files.effective_capabilities() >> syscalls.CAP_SYS_ADMIN & 1) and in_first_namespace()
 
 
 class AsCaller:

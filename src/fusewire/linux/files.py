@@ -395,13 +395,9 @@ def set_effective_capabilities(mask: int) -> int:
 
     The permitted and inheritable ones stay, so that it can be undone. EPERM: `mask` has more than the permitted ones.
     """
-    data = _CapData()
-    if _capget(_CAP_HEADER, data):
-        _fail("capget")
-    words: tuple[int, ...] = _cap_words.unpack_from(data)
-    if _capset(_CAP_HEADER, _cap_words.pack(mask & 0xFFFFFFFF, *words[1:3], mask >> 32, *words[4:])):
-        _fail("capset")
-    return words[0] | words[3] << 32
+    before = effective_capabilities()
+    capability_setter(mask)()
+    return before
 
 
 def capability_setter(mask: int) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFLNK, Base
-from fusewire.fs.passthrough.nodes import STATUS
+from fusewire.fs.passthrough.nodes import STATUS, status_of
 from fusewire.linux import files
 from fusewire.ops import Statfs
 from fusewire.wire import abi
@@ -40,7 +40,7 @@ class Attributes(Base):
         node = self.nodes.get(nodeid)
         if flags & abi.FUSE_GETATTR_FH:
             fd = self.handles.get(fh).fd
-            status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+            status = status_of(fd.number)
         else:
             status = self._status(node)
         return self._attr(node, status), self._attr_timeout
@@ -77,7 +77,7 @@ class Attributes(Base):
             access = self._time(valid, abi.FATTR_ATIME, abi.FATTR_ATIME_NOW, change.atime, change.atimensec)
             modified = self._time(valid, abi.FATTR_MTIME, abi.FATTR_MTIME_NOW, change.mtime, change.mtimensec)
             self._utimens(fd.number, access, modified)
-        status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        status = status_of(fd.number)
         return self._attr(node, status), self._attr_timeout
 
     def _chown(self, node: Node, fd: int, change: Setattr) -> None:
@@ -88,7 +88,7 @@ class Attributes(Base):
         if gid != files.NO_ID and self._gids is not None:
             gid = self._gids.to_host(gid)
         try:
-            files.fchownat(fd, b"", uid, gid, files.AT_EMPTY_PATH | files.AT_SYMLINK_NOFOLLOW)
+            files.fchownat_empty(fd, uid, gid)
         except PermissionError as error:
             self._say_who_owns(error)
             raise
@@ -96,7 +96,7 @@ class Attributes(Base):
 
     def _check_clearing(self, caller: Caller, node: Node, fd: int) -> None:
         """Refuse to clear the set-user-ID bits of a file for who neither owns it nor may write to it."""
-        status = files.statx(fd, b"", files.AT_EMPTY_PATH, STATUS)
+        status = status_of(fd)
         mode, uid, gid = status[files.SX_MODE], status[files.SX_UID], status[files.SX_GID]
         if node.kind == S_IFDIR or not mode & (_S_ISUID | _S_ISGID) or caller.uid == 0:
             return
@@ -154,7 +154,7 @@ class Attributes(Base):
     def _drop_privileges(self, node: Node) -> None:
         """Clear what makes a program run as somebody else, as the kernel does for a writer without CAP_FSETID."""
         fd = self.nodes.fd(node)
-        mode = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)[files.SX_MODE]
+        mode = status_of(fd.number)[files.SX_MODE]
         kept = mode & ~_S_ISUID
         if mode & (_S_ISGID | _S_IXGRP) == _S_ISGID | _S_IXGRP:
             kept &= ~_S_ISGID
@@ -238,7 +238,7 @@ class Attributes(Base):
             raise OSError(errno.EINVAL, "unknown flags of setxattr", hex(flags))
         os.setxattr(self._path(fd), host, value, flags)
         if setxattr_flags & abi.FUSE_SETXATTR_ACL_KILL_SGID:
-            mode = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)[files.SX_MODE]
+            mode = status_of(fd.number)[files.SX_MODE]
             if mode & _S_ISGID:
                 os.chmod(self._path(fd), mode & 0o7777 & ~_S_ISGID)
 

@@ -12,7 +12,7 @@ from _thread import allocate_lock
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import Base
-from fusewire.linux import files
+from fusewire.linux import files, syscalls
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # EPERM: no CAP_SYS_ADMIN. EOPNOTSUPP, ENOTTY: the kernel has none. ELOOP: the host's filesystem is stacked already.
 _NEVER = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
-_CAP_FSETID = 4  # <linux/capability.h>
 _S_ISUID_OR_ISGID = 0o6000
 
 
@@ -33,9 +32,10 @@ class Backing(Base):
         super().__init__(source, config)
         self._backs = config.passthrough and self._trusted
         self._backed = False  # it has worked once
-        all_of_them = files.effective_capabilities()
-        self._lower = files.capability_setter(all_of_them & ~(1 << _CAP_FSETID))
-        self._raise = files.capability_setter(all_of_them)
+        if self._backs:
+            all_of_them = files.effective_capabilities()
+            self._lower = files.capability_setter(all_of_them & ~(1 << syscalls.CAP_FSETID))
+            self._raise = files.capability_setter(all_of_them)
         self._backing_lock = allocate_lock()  # over `opened` and `backing` of every node
 
     def init(self, connection: Connection) -> None:

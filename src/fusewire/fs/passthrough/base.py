@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.idmap import IdMap, namespace_rules, parse_translations
-from fusewire.fs.passthrough.nodes import STATUS, Fd, Node, Nodes
+from fusewire.fs.passthrough.nodes import STATUS, Fd, Node, Nodes, status_of
 from fusewire.fs.xattrmap import XattrMap
 from fusewire.inodes import HandleTable
 from fusewire.linux import caller as credentials
@@ -160,6 +160,14 @@ class Base(Operations):
         if self._may_block is not None:
             self._may_block(True)
 
+    def _sync(self, fd: Fd, fsync_flags: int) -> None:
+        """Make a file or a directory durable, fsync(2) or fdatasync(2)."""
+        self._slow()
+        if fsync_flags & abi.FUSE_FSYNC_FDATASYNC:
+            os.fdatasync(fd.number)
+        else:
+            os.fsync(fd.number)
+
     # Status and replies
 
     def _status(self, node: Node) -> tuple[int, ...]:
@@ -176,7 +184,7 @@ class Base(Operations):
                 if status and self.nodes.identity(status) == node.key and status[files.SX_MODE] & S_IFMT == node.kind:
                     return status
             fd = self.nodes.fd(node)
-        return files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        return status_of(fd.number)
 
     def _attr(self, node: Node, status: tuple[int, ...]) -> Attr:
         uid, gid = status[files.SX_UID], status[files.SX_GID]

@@ -15,7 +15,7 @@ from fusewire.fs.passthrough.backing import Backing
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, S_IFREG, Handle
 from fusewire.fs.passthrough.locks import Locks
 from fusewire.fs.passthrough.names import Names
-from fusewire.fs.passthrough.nodes import STATUS, Fd
+from fusewire.fs.passthrough.nodes import Fd, status_of
 from fusewire.linux import files
 from fusewire.ops import FileRange
 from fusewire.wire import abi
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fusewire.ops import Caller
 
 # Flags of open(2) that say how an open file behaves, and have been checked by the client's kernel.
-_KEPT = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NONBLOCK | os.O_NOATIME | os.O_DIRECT
+_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NONBLOCK | os.O_NOATIME
 _APPEND_ONCE = 0x10  # RWF_APPEND
 _LITTLE = 32 << 10  # bytes; a smaller write is over before another worker would be at work
 
@@ -38,14 +38,12 @@ class Data(Locks, Backing, Names, Attributes):
         """Give the flags to open the host's file with."""
         # O_DIRECT ends at the client's kernel, which keeps nothing then (FOPEN_DIRECT_IO): the host would refuse
         # (EINVAL) the memory that requests come in and answers go out of: it is not aligned as a disk wants it.
-        flags &= _KEPT & ~os.O_DIRECT
-        if self.flags & abi.FUSE_WRITEBACK_CACHE:
-            # The kernel reads what it is to complete before it writes, and knows where the end is.
-            if flags & os.O_ACCMODE == os.O_WRONLY:
-                flags = flags & ~os.O_ACCMODE | os.O_RDWR
-            flags &= ~os.O_APPEND
         # With O_APPEND pwrite(2) would ignore the offset; each write says by itself whether it appends.
-        return flags & ~os.O_APPEND
+        flags &= _KEPT
+        if self.flags & abi.FUSE_WRITEBACK_CACHE and flags & os.O_ACCMODE == os.O_WRONLY:
+            # The kernel reads what it is to complete before it writes.
+            flags = flags & ~os.O_ACCMODE | os.O_RDWR
+        return flags
 
     def _opened(self, node: Node, fd: Fd, flags: int, status: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Give the handle of an open file, and say what the kernel may keep of it."""
@@ -56,7 +54,7 @@ class Data(Locks, Backing, Names, Attributes):
         if flags & os.O_DIRECT and self.config.allow_direct_io:
             open_flags |= abi.FOPEN_DIRECT_IO
         if status is None and (mode.revalidate or self._backs):
-            status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+            status = status_of(fd.number)
         if status is not None and mode.revalidate:
             seen = (status[files.SX_SIZE], status[files.SX_MTIME], status[files.SX_MTIME_NS])
             if seen == node.seen:
@@ -109,7 +107,7 @@ class Data(Locks, Backing, Names, Attributes):
         fd = Fd(number)
         if labels:
             self._set_labels(directory, name, labels)
-        status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        status = status_of(fd.number)
         entry = self._entry(above, directory, name, status)
         try:
             return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
@@ -147,7 +145,7 @@ class Data(Locks, Backing, Names, Attributes):
         finally:
             if person is not None:
                 person.leave()
-        status = files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS)
+        status = status_of(fd.number)
         entry = self._entry(above, directory, b"", status)
         try:
             node = self.nodes.get(entry[0])
@@ -202,12 +200,7 @@ class Data(Locks, Backing, Names, Attributes):
         self._locks_end(handle, lock_owner)
 
     def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> None:
-        fd = self.handles.get(fh).fd
-        self._slow()
-        if fsync_flags & abi.FUSE_FSYNC_FDATASYNC:
-            os.fdatasync(fd.number)
-        else:
-            os.fsync(fd.number)
+        self._sync(self.handles.get(fh).fd, fsync_flags)
 
     def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
         if self.flags & abi.FUSE_WRITEBACK_CACHE:

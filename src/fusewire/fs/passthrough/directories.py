@@ -15,7 +15,6 @@ from fusewire.fs.passthrough.base import S_IFDIR, Handle
 from fusewire.fs.passthrough.nodes import STATUS
 from fusewire.fs.passthrough.watch import Watch
 from fusewire.linux import files
-from fusewire.wire import abi
 from fusewire.wire.codec import DIRENTPLUS, DirBuffer, timeout
 
 if TYPE_CHECKING:
@@ -44,12 +43,7 @@ class Directories(Watch):
         self.handles.remove(fh)
 
     def fsyncdir(self, nodeid: int, fh: int, fsync_flags: int) -> None:
-        fd = self.handles.get(fh).fd
-        self._slow()
-        if fsync_flags & abi.FUSE_FSYNC_FDATASYNC:
-            os.fdatasync(fd.number)
-        else:
-            os.fsync(fd.number)
+        self._sync(self.handles.get(fh).fd, fsync_flags)
 
     def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int

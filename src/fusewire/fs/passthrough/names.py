@@ -121,24 +121,18 @@ class Names(Watch):
     # Removing and moving. Whoever still has the inode in use goes on using it: its descriptor is opened first.
 
     def unlink(self, caller: Caller, parent: int, name: bytes) -> None:
-        above = self.nodes.get(parent)
-        directory = self.nodes.fd(above)
-        kept = self.nodes.keep(directory, name)
-        self._changing(above, name)
-        try:
-            os.unlink(name, dir_fd=directory.number)
-        except OSError:
-            if kept is not None:
-                kept.pinned = False
-            raise
+        self._remove(parent, name, os.unlink)
 
     def rmdir(self, caller: Caller, parent: int, name: bytes) -> None:
+        self._remove(parent, name, os.rmdir)
+
+    def _remove(self, parent: int, name: bytes, remove: Callable[..., None]) -> None:
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
         kept = self.nodes.keep(directory, name)
         self._changing(above, name)
         try:
-            os.rmdir(name, dir_fd=directory.number)
+            remove(name, dir_fd=directory.number)
         except OSError:
             if kept is not None:
                 kept.pinned = False
@@ -177,7 +171,7 @@ class Names(Watch):
 
     def _umask(self, mask: int) -> Umask | NoUmask:
         if not self.flags & abi.FUSE_DONT_MASK:
-            if hasattr(self._threads, "own_umask") and self._threads.own_umask:
+            if getattr(self._threads, "own_umask", False):
                 return _NO_UMASK
             mask = 0
         return Umask(self, mask)

@@ -37,6 +37,11 @@ _anonymous = itemgetter(*_IDENTITY)
 _born = itemgetter(*_IDENTITY, files.SX_BTIME, files.SX_BTIME_NS)
 
 
+def status_of(fd: int) -> tuple[int, ...]:
+    """Give the statx of what a descriptor stands for."""
+    return files.statx(fd, b"", files.AT_EMPTY_PATH, STATUS)
+
+
 class Fd:
     """Owns a descriptor, which is closed with the last reference.
 
@@ -97,7 +102,7 @@ class Nodes:
 
     def __init__(self, root: int, *, budget: int, handles: bool = False) -> None:
         """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted."""
-        status = files.statx(root, b"", files.AT_EMPTY_PATH, STATUS)
+        status = status_of(root)
         found = mountinfo.by_id(status[files.SX_MNT_ID])
         self.identity = _anonymous if found is None or found.fstype == b"overlay" else _born
         node = Node(self.identity(status), status[files.SX_MNT_ID], status[files.SX_MODE] & 0o170000, None, b"")
@@ -166,7 +171,7 @@ class Nodes:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise OSError(errno.ESTALE, "the file is no longer where it was", at.name) from error
                 raise self.explain(error) from None
-            status = files.statx(new.number, b"", files.AT_EMPTY_PATH, STATUS)
+            status = status_of(new.number)
             # The number of an inode that is gone may be that of a FIFO by now, which must not be opened for real.
             if self.identity(status) != at.key or status[files.SX_MODE] & 0o170000 != at.kind:
                 raise OSError(errno.ESTALE, "another file is where this one was", at.name)
@@ -193,7 +198,7 @@ class Nodes:
             node.handle, _ = files.name_to_handle(directory.number, name, 0)
             if node.mount not in self._mounts:
                 opened = Fd(os.open(b"/proc/self/fd/%d" % directory.number, os.O_RDONLY | os.O_CLOEXEC))
-                if files.statx(opened.number, b"", files.AT_EMPTY_PATH, STATUS)[files.SX_MNT_ID] == node.mount:
+                if status_of(opened.number)[files.SX_MNT_ID] == node.mount:
                     with self._lock:
                         self._mounts.setdefault(node.mount, opened)
                 else:
@@ -302,7 +307,7 @@ class Nodes:
             return None
         except OSError as error:
             raise self.explain(error) from None
-        node = self._known(files.statx(fd.number, b"", files.AT_EMPTY_PATH, STATUS))
+        node = self._known(status_of(fd.number))
         if node is None or node is self.root:
             return None
         with self._lock:
