@@ -239,21 +239,23 @@ def remove_places(specs: list[Spec], made: list[bytes]) -> None:
 
     made: what this run was about to make.
     """
-    for spec in specs:
-        path = os.path.realpath(os.fsencode(spec.target))
-        while not os.path.lexists(path):
-            path = os.path.dirname(path)
-        try:
-            marked = stat.S_IMODE(os.lstat(path).st_mode) == MADE
-        except OSError:
-            continue
-        if marked or made:
-            from fusewire.cli import places
+    if made or any(_is_marked(spec.target) for spec in specs):
+        from fusewire.cli import places
 
-            places.sweep(os.environ)
-            for directory in sorted(made, key=len, reverse=True):  # what was not noted, for whatever reason
-                places.remove(directory)
-            return
+        places.sweep(os.environ)
+        for directory in sorted(made, key=len, reverse=True):  # what was not noted, for whatever reason
+            places.remove(directory)
+
+
+def _is_marked(target: str) -> bool:
+    """Tell whether a run has made a mount point, or as much of its path as is there."""
+    path = os.path.realpath(os.fsencode(target))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        return stat.S_IMODE(os.lstat(path).st_mode) == MADE
+    except OSError:  # removed by another run this moment, or not to be seen
+        return False
 
 
 def describe(status: int) -> str:
