@@ -194,7 +194,7 @@ class Nodes(RuleBasedStateMachine):
         assert len(self.table) == len(self.counts) + 1
         assert {node: self.table.lookups(node) for node in self.counts} == self.counts
         assert all(self.table.find(key) == node for key, node in self.keys.items())
-        assert self.table._by_key == self.keys
+        assert {key: node[3] for key, node in self.table._by_key.items()} == self.keys
 
 
 TestNodes = Nodes.TestCase

@@ -32,8 +32,8 @@ class InodeTable(Generic[T]):
         """Begin with `root` as node 1; its count is without end."""
         self.generation = generation
         self._lock = allocate_lock()  # over both maps and every count; no call goes out under it
-        self._nodes: dict[int, list[Any]] = {FUSE_ROOT_ID: [root, 0, None]}  # [object, count, key]
-        self._by_key: dict[Hashable, int] = {}
+        self._nodes: dict[int, list[Any]] = {FUSE_ROOT_ID: [root, 0, None, FUSE_ROOT_ID]}  # [object, count, key, id]
+        self._by_key: dict[Hashable, list[Any]] = {}
         self._numbers = count(FUSE_ROOT_ID + 1)
 
     def __len__(self) -> int:
@@ -55,36 +55,38 @@ class InodeTable(Generic[T]):
         """
         with self._lock:
             if key is not None:
-                known = self._by_key.get(key)
-                if known is not None:
-                    node = self._nodes[known]
+                node = self._by_key.get(key)
+                if node is not None:
                     node[1] += 1
-                    return known, node[0]
+                    return node[3], node[0]
             nodeid = next(self._numbers)
-            self._nodes[nodeid] = [item, 1, key]
+            self._nodes[nodeid] = node = [item, 1, key, nodeid]
             if key is not None:
-                self._by_key[key] = nodeid
+                self._by_key[key] = node
             return nodeid, item
 
     def again(self, key: Hashable) -> tuple[int, T] | None:
         """Count one more lookup of what has `key`: (node id, object), or None if nothing has it."""
+        node = self._by_key.get(key)
+        if node is None:
+            return None
         with self._lock:
-            known = self._by_key.get(key)
-            if known is None:
+            if node[2] is None:  # forgotten or detached this moment
                 return None
-            node = self._nodes[known]
             node[1] += 1
-            return known, node[0]
+            return node[3], node[0]
 
     def key_root(self, key: Hashable) -> None:
         """Give the root a key, so that a lookup that leads back to it finds node 1."""
         with self._lock:
-            self._nodes[FUSE_ROOT_ID][2] = key
-            self._by_key[key] = FUSE_ROOT_ID
+            root = self._nodes[FUSE_ROOT_ID]
+            root[2] = key
+            self._by_key[key] = root
 
     def find(self, key: Hashable) -> int:
         """Give the node that has `key`, 0 if none; counts nothing (a notification wants the number)."""
-        return self._by_key.get(key, 0)
+        node = self._by_key.get(key)
+        return 0 if node is None else node[3]
 
     def numbers(self) -> list[int]:
         """Give all node ids, the root's too: to invalidate every one."""
@@ -96,7 +98,7 @@ class InodeTable(Generic[T]):
         with self._lock:
             node = self._nodes.get(nodeid)
             if node is not None:
-                self._unkey(nodeid, node)
+                self._unkey(node)
 
     def forget(self, nodeid: int, nlookup: int) -> T | None:
         """Take `nlookup` back; give the object if that was the last of it, to be disposed of by the caller."""
@@ -108,7 +110,7 @@ class InodeTable(Generic[T]):
             if node[1] > 0:
                 return None
             del self._nodes[nodeid]
-            self._unkey(nodeid, node)
+            self._unkey(node)
             return node[0]  # type: ignore[no-any-return]
 
     def lookups(self, nodeid: int) -> int:
@@ -122,12 +124,12 @@ class InodeTable(Generic[T]):
             root = self._nodes.pop(FUSE_ROOT_ID)
             items = [node[0] for node in self._nodes.values()]
             self._nodes = {FUSE_ROOT_ID: root}
-            self._by_key = {} if root[2] is None else {root[2]: FUSE_ROOT_ID}
+            self._by_key = {} if root[2] is None else {root[2]: root}
             return items
 
-    def _unkey(self, nodeid: int, node: list[Any]) -> None:
+    def _unkey(self, node: list[Any]) -> None:
         key, node[2] = node[2], None
-        if key is not None and self._by_key.get(key) == nodeid:
+        if key is not None and self._by_key.get(key) is node:
             del self._by_key[key]
 
 

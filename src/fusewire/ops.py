@@ -271,15 +271,15 @@ class Operations:
     def forget(self, nodeid: int, nlookup: int) -> None:
         """Take `nlookup` from the node's lookup count; at 0 the kernel will not name it again. Never fails."""
 
-    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> Entry:
+    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> Entry | bytes:
         """Make a symbolic link `name` that holds `target`, symlink(2)."""
         _unsupported("symlink")
 
-    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
+    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> Entry | bytes:
         """Make a node, mknod(2). The umask is applied already unless FUSE_DONT_MASK was agreed."""
         _unsupported("mknod")
 
-    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> Entry:
+    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> Entry | bytes:
         """Make a directory, mkdir(2)."""
         _unsupported("mkdir")
 
@@ -295,7 +295,7 @@ class Operations:
         """Move a name, renameat2(2). Serves RENAME (flags 0) and RENAME2."""
         _unsupported("rename")
 
-    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> Entry:
+    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> Entry | bytes:
         """Give the node another name, link(2)."""
         _unsupported("link")
 
@@ -309,7 +309,7 @@ class Operations:
         """Give attributes and how many seconds they hold. `fh` counts when `flags` has FUSE_GETATTR_FH."""
         _unsupported("getattr")
 
-    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> tuple[Attr, float]:
+    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> tuple[Attr, float] | bytes:
         """Change what `change.valid` names (chmod, chown, truncate, utimensat) and give the new attributes."""
         _unsupported("setattr")
 
@@ -339,19 +339,19 @@ class Operations:
 
     # Files
 
-    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, int]:
+    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:
         """Give (fh, FOPEN_* flags). Not overriding it spares the kernel one round trip per open and close."""
         _unsupported("open")
 
     def create(
         self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[Entry, tuple[int, int]]:
+    ) -> tuple[Entry | bytes, tuple[int, ...]]:
         """Make and open a regular file, open(2) with O_CREAT."""
         _unsupported("create")
 
     def tmpfile(
         self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[Entry, tuple[int, int]]:
+    ) -> tuple[Entry | bytes, tuple[int, ...]]:
         """Make and open a file without a name, open(2) with O_TMPFILE."""
         _unsupported("tmpfile")
 

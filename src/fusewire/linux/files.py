@@ -26,7 +26,7 @@ from fusewire.linux import syscalls
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -55,6 +55,10 @@ SX_MASK, SX_BLKSIZE, SX_ATTRIBUTES, SX_NLINK, SX_UID, SX_GID, SX_MODE, SX_INO, S
 SX_ATTRIBUTES_MASK, SX_ATIME, SX_ATIME_NS, SX_BTIME, SX_BTIME_NS, SX_CTIME, SX_CTIME_NS = range(10, 17)
 SX_MTIME, SX_MTIME_NS, SX_RDEV_MAJOR, SX_RDEV_MINOR, SX_DEV_MAJOR, SX_DEV_MINOR = range(17, 23)
 SX_MNT_ID, SX_DIO_MEM_ALIGN, SX_DIO_OFFSET_ALIGN = range(23, 26)
+
+# Places in what status() returns.
+ST_BLKSIZE, ST_OWNER, ST_MODE, ST_INO, ST_SIZE, ST_ATIME, ST_ATIME_NS, ST_BIRTH, ST_CTIME, ST_CTIME_NS = range(10)
+ST_MTIME, ST_MTIME_NS, ST_RDEV, ST_PLACE = range(10, 14)
 
 # <linux/openat2.h>
 RESOLVE_NO_XDEV = 0x01
@@ -158,11 +162,13 @@ _NR_SETGROUPS = _NR["setgroups"]
 
 _Statx = ctypes.c_char * 256
 _statx_unpack = struct.Struct("=IIQIIIH2xQQQQqI4xqI4xqI4xqI4xIIIIQII").unpack_from
+_status_unpack = struct.Struct("=4x4s8x12sH2xQ16s8x8s4s4x12s4x8s4s4x8s4s4xQ16s").unpack_from
+_STATUS = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
 _open_how = struct.Struct("=QQQ").pack
 _OPEN_HOW_SIZE = ctypes.c_long(24)
 _two_times = struct.Struct("=qqqq").pack
 _flock = struct.Struct("hhqqi0q")  # native alignment: CPython is built with 64 bit offsets everywhere
-_dirent = struct.Struct("=QqHB").unpack_from
+_dirent = struct.Struct("=QQHB").unpack_from
 _DIRENT_NAME = 19
 _inotify_event = struct.Struct("=iIII").unpack_from
 _file_handle = struct.Struct("=Ii")
@@ -221,6 +227,21 @@ def statx(directory: int, name: bytes, flags: int, mask: int) -> tuple[int, ...]
     if _statx(directory, name, flags, mask, buffer):
         _fail("statx", name)
     return _statx_unpack(buffer)
+
+
+def status(directory: int, name: bytes, flags: int) -> tuple[Any, ...]:
+    """As statx(), with its birth and mount, in pieces as they stand in struct statx: to be sent on, not reckoned with.
+
+    A tuple whose places are ST_*. Plain ints: the mode, the inode number, and the device that a node stands for (major
+    number in the lower half). Bytes: block size (4), links, user and group (12), size and blocks (16), times in seconds
+    (8) and nanoseconds (4), the birth with both (12), the device and the mount that the file is on (16).
+
+    Whoever passes them on saves 1.5 us over unpacking and packing two dozen numbers.
+    """
+    buffer = _Statx()
+    if _statx(directory, name, flags, _STATUS, buffer):
+        _fail("statx", name)
+    return _status_unpack(buffer)
 
 
 def openat2(directory: int, name: bytes, flags: int, mode: int, resolve: int) -> int:
@@ -336,11 +357,14 @@ def getdents64(fd: int, buffer: bytearray) -> int:
     return got
 
 
-def parse_dents(buffer: bytes | bytearray, size: int) -> list[tuple[bytes, int, int, int]]:
-    """The entries in what getdents64() read: (name, inode, offset of the next entry, DT_* type), "." and ".." too."""
+Dirent = tuple[bytes, int, int, int]  # name, inode number, offset of the next entry, DT_* type
+
+
+def parse_dents(buffer: bytes | bytearray, size: int) -> list[Dirent]:
+    """The entries in what getdents64() read, "." and ".." too. Offsets are unsigned, as FUSE has them."""
     data = bytes(memoryview(buffer)[:size])
     unpack, end_of_name = _dirent, data.index
-    entries: list[tuple[bytes, int, int, int]] = []
+    entries: list[Dirent] = []
     append = entries.append
     place = 0
     while place < size:

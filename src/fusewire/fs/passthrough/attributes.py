@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+from struct import Struct
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFLNK, Base
-from fusewire.fs.passthrough.nodes import STATUS, status_of
+from fusewire.fs.passthrough.nodes import status_of
 from fusewire.linux import files
 from fusewire.ops import Statfs
 from fusewire.wire import abi
@@ -20,41 +21,51 @@ if TYPE_CHECKING:
 
     from fusewire.fs.passthrough.base import Handle
     from fusewire.fs.passthrough.nodes import Node
-    from fusewire.ops import Attr, Caller, Setattr
+    from fusewire.ops import Caller, Setattr
 
 _ACL = b"system.posix_acl_"
 _CAPABILITY = b"security.capability"
 _S_ISUID, _S_ISGID, _S_IXGRP = 0o4000, 0o2000, 0o0010
+_STATX = files.STATX_BASIC_STATS | files.STATX_BTIME
+_OWNER = Struct("=III").unpack  # of ST_OWNER
 _CHANGES = abi.FATTR_MODE | abi.FATTR_SIZE | abi.FATTR_ATIME | abi.FATTR_MTIME
-
-
-def _fuse_statx(status: tuple[int, ...], attr: Attr) -> tuple[int, ...]:
-    """The fields of fuse_statx are those of statx(2), in its order; ids and inode number are the client's."""
-    return (*status[: files.SX_UID], attr[11], attr[12], attr[9], attr[0], *status[files.SX_SIZE : files.SX_MNT_ID])
 
 
 class Attributes(Base):
     """The operations on what an inode says of itself."""
 
-    def getattr(self, nodeid: int, flags: int, fh: int) -> tuple[Attr, float]:
+    def getattr(self, nodeid: int, flags: int, fh: int) -> bytes:
         node = self.nodes.get(nodeid)
         if flags & abi.FUSE_GETATTR_FH:
             fd = self.handles.get(fh).fd
             status = status_of(fd.number)
         else:
             status = self._status(node)
-        return self._attr(node, status), self._attr_timeout
+        return self._attr(node, status)
 
     def statx(self, nodeid: int, flags: int, fh: int, sx_flags: int, sx_mask: int) -> tuple[Sequence[int], float, int]:
         node = self.nodes.get(nodeid)
         opened = self.handles.get(fh) if flags & abi.FUSE_GETATTR_FH else None
         fd = opened.fd if opened is not None else self.nodes.fd(node)
         how = files.AT_EMPTY_PATH | sx_flags & (files.AT_STATX_FORCE_SYNC | files.AT_STATX_DONT_SYNC)
-        status = files.statx(fd.number, b"", how, STATUS)
-        attr = self._attr(node, status)
-        return _fuse_statx(status, attr), self._attr_timeout, 0
+        status = files.statx(fd.number, b"", how, _STATX)
+        ino, uid, gid = status[files.SX_INO], status[files.SX_UID], status[files.SX_GID]
+        if self._uids is not None:
+            uid = self._uids.to_guest(uid)
+        if self._gids is not None:
+            gid = self._gids.to_guest(gid)
+        # The fields of fuse_statx are those of statx(2), in its order; ids and inode number are the client's.
+        fields = (
+            *status[: files.SX_UID],
+            uid,
+            gid,
+            status[files.SX_MODE],
+            ino ^ self._elsewhere(node),
+            *status[files.SX_SIZE : files.SX_MNT_ID],
+        )
+        return fields, self._attr_timeout, 0
 
-    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> tuple[Attr, float]:
+    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> bytes:
         node = self.nodes.get(nodeid)
         valid = change.valid
         opened = self.handles.get(change.fh) if valid & abi.FATTR_FH else None
@@ -78,7 +89,7 @@ class Attributes(Base):
             modified = self._time(valid, abi.FATTR_MTIME, abi.FATTR_MTIME_NOW, change.mtime, change.mtimensec)
             self._utimens(fd.number, access, modified)
         status = status_of(fd.number)
-        return self._attr(node, status), self._attr_timeout
+        return self._attr(node, status)
 
     def _chown(self, node: Node, fd: int, change: Setattr) -> None:
         uid = change.uid if change.valid & abi.FATTR_UID else files.NO_ID
@@ -97,7 +108,8 @@ class Attributes(Base):
     def _check_clearing(self, caller: Caller, node: Node, fd: int) -> None:
         """Refuse to clear the set-user-ID bits of a file for who neither owns it nor may write to it."""
         status = status_of(fd)
-        mode, uid, gid = status[files.SX_MODE], status[files.SX_UID], status[files.SX_GID]
+        mode = status[files.ST_MODE]
+        _, uid, gid = _OWNER(status[files.ST_OWNER])
         if node.kind == S_IFDIR or not mode & (_S_ISUID | _S_ISGID) or caller.uid == 0:
             return
         if (caller.uid if self._uids is None else self._uids.to_host(caller.uid)) == uid:
@@ -154,7 +166,7 @@ class Attributes(Base):
     def _drop_privileges(self, node: Node) -> None:
         """Clear what makes a program run as somebody else, as the kernel does for a writer without CAP_FSETID."""
         fd = self.nodes.fd(node)
-        mode = status_of(fd.number)[files.SX_MODE]
+        mode = status_of(fd.number)[files.ST_MODE]
         kept = mode & ~_S_ISUID
         if mode & (_S_ISGID | _S_IXGRP) == _S_ISGID | _S_IXGRP:
             kept &= ~_S_ISGID
@@ -238,7 +250,7 @@ class Attributes(Base):
             raise OSError(errno.EINVAL, "unknown flags of setxattr", hex(flags))
         os.setxattr(self._path(fd), host, value, flags)
         if setxattr_flags & abi.FUSE_SETXATTR_ACL_KILL_SGID:
-            mode = status_of(fd.number)[files.SX_MODE]
+            mode = status_of(fd.number)[files.ST_MODE]
             if mode & _S_ISGID:
                 os.chmod(self._path(fd), mode & 0o7777 & ~_S_ISGID)
 

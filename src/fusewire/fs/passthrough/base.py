@@ -10,62 +10,59 @@ import errno
 import os
 from _thread import _local as threading_local
 from _thread import allocate_lock
-from operator import itemgetter
+from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.idmap import IdMap, namespace_rules, parse_translations
-from fusewire.fs.passthrough.nodes import STATUS, Fd, Node, Nodes, status_of
+from fusewire.fs.passthrough.nodes import Fd, Node, Nodes, status_of
 from fusewire.fs.xattrmap import XattrMap
 from fusewire.inodes import HandleTable
 from fusewire.linux import caller as credentials
 from fusewire.linux import files
 from fusewire.ops import Operations
 from fusewire.wire import abi
+from fusewire.wire.codec import timeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusewire.fs.passthrough.config import Config
-    from fusewire.ops import Attr, Caller, Connection
+    from fusewire.fs.passthrough.nodes import Status
+    from fusewire.ops import Caller, Connection
 
 S_IFMT, S_IFDIR, S_IFREG, S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000
-_U64 = 0xFFFFFFFFFFFFFFFF
 
-# A plain tuple in the shape of Entry: (node id, attributes, entry timeout, attribute timeout, generation).
-EntryTuple = tuple[int, "Attr", float, float, int]
+# fuse_attr of a file's status: numbers that are only passed on stay the bytes that they are.
+ATTR = "Q16s8s8s8s4s4s4sI12sI4sI"
+_ENTRY_OUT = Struct("=Q32s" + ATTR).pack  # node id; generation and timeouts
+_ATTR_OUT = Struct("=16s" + ATTR).pack  # timeout
+_TIMEOUTS = Struct("=QQQII").pack
+_TIMEOUT = Struct("=QI4x").pack
+_OWNER = Struct("=4sII")
 
 
 class Handle:
     """An open file or directory: its descriptor, its node, and what a directory's listing has read ahead."""
 
-    __slots__ = ("cookie", "ended", "fd", "flags", "lock", "node", "owners", "pending")
+    __slots__ = ("cookie", "ended", "fd", "flags", "given", "lock", "node", "owners", "pending")
 
     def __init__(self, node: Node, fd: Fd, flags: int) -> None:
         self.node = node
         self.fd = fd
         self.flags = flags
         # Directories only: entries that were read and not given yet, and the cookie that the first of them follows.
-        self.pending: list[tuple[bytes, int, int, int]] = []
+        self.pending: list[files.Dirent] = []
         self.cookie = 0
+        self.given = 0  # how many of the portion at hand have been given
         self.lock: Any = None
         self.owners: set[int] | None = None  # lock owners that have taken POSIX or OFD locks by it
         self.ended = False  # no lock is taken by it any more
 
 
-def attributes(status: tuple[int, ...], uid: int, gid: int, flags: int = 0) -> Attr:
-    """Make fuse_attr's fields of a statx."""
-    times = _TIMES(status)
-    if min(times) < 0:  # before 1970; on the wire they are unsigned
-        times = tuple([time & _U64 for time in times])
-    major, minor = status[files.SX_RDEV_MAJOR], status[files.SX_RDEV_MINOR]
-    rdev = (minor & 0xFF | major << 8 | (minor & 0xFFF00) << 12) if major or minor else 0
-    attr: Attr = (*_FIRST(status), *times, *_REST(status), uid, gid, rdev, status[files.SX_BLKSIZE], flags)
-    return attr
-
-
-_FIRST = itemgetter(files.SX_INO, files.SX_SIZE, files.SX_BLOCKS)
-_TIMES = itemgetter(files.SX_ATIME, files.SX_MTIME, files.SX_CTIME)
-_REST = itemgetter(files.SX_ATIME_NS, files.SX_MTIME_NS, files.SX_CTIME_NS, files.SX_MODE, files.SX_NLINK)
+def wire_device(rdev: int) -> int:
+    """Turn the device of a status into the kernel's 32-bit form (new_encode_dev)."""
+    major, minor = rdev & 0xFFFFFFFF, rdev >> 32
+    return minor & 0xFF | major << 8 | (minor & 0xFFF00) << 12
 
 
 def device(rdev: int) -> int:
@@ -92,8 +89,10 @@ class Base(Operations):
         """
         self.config = config
         self._proc = config.proc
-        self._entry_timeout = whole_seconds(config.entry_timeout)
-        self._attr_timeout = whole_seconds(config.attr_timeout)
+        (entry, entry_ns), (attr, attr_ns) = timeout(config.entry_timeout), timeout(config.attr_timeout)
+        self._entry_valid = _TIMEOUTS(0, entry, attr, entry_ns, attr_ns)
+        self._attr_valid = _TIMEOUT(attr, attr_ns)
+        self._attr_timeout = config.attr_timeout
         self._negative_timeout = whole_seconds(config.negative_timeout)
         self._uids: IdMap | None = parse_translations(config.translate_uid) if config.translate_uid else None
         self._gids: IdMap | None = parse_translations(config.translate_gid) if config.translate_gid else None
@@ -107,7 +106,9 @@ class Base(Operations):
         self.handles: HandleTable[Handle] = HandleTable()
         self.nodes.others.append(self.handles)
         self._submounts = False
-        self._devices: dict[tuple[int, ...], int] = {}  # devices below the directory, in the order of their appearance
+        # Files in the same place as the root are shown as they are; None: none are.
+        self._plain = self.nodes.root.place if self._uids is None and self._gids is None else None
+        self._devices: dict[bytes, int] = {}  # devices below the directory, in the order of their appearance
         self._may_block: Callable[[bool], None] | None = None
         self._threads = threading_local()
         self._umask_lock = allocate_lock()
@@ -144,6 +145,8 @@ class Base(Operations):
         if self._gids is None:
             with open(f"/proc/{pid}/gid_map") as lines:
                 self._gids = _translation(lines.read(), os.getegid(), inside)
+        if self._uids is not None or self._gids is not None:
+            self._plain = None
 
     def init(self, connection: Connection) -> None:
         self._connection = connection
@@ -170,56 +173,76 @@ class Base(Operations):
 
     # Status and replies
 
-    def _status(self, node: Node) -> tuple[int, ...]:
-        """Give a node's statx, without opening it where it has no descriptor."""
+    def _status(self, node: Node) -> Status:
+        """Give a node's status, without opening it where it has no descriptor."""
         fd = node.fd or self.nodes.lent(node)
         if fd is None:
             parent = node.parent
             above = parent.fd if parent is not None else None  # once: another thread may close it for want of room
             if node.handle is None and above is not None:
                 try:
-                    status = files.statx(above.number, node.name, files.AT_SYMLINK_NOFOLLOW, STATUS)
+                    status = files.status(above.number, node.name, files.AT_SYMLINK_NOFOLLOW)
                 except FileNotFoundError:
                     status = ()
-                if status and self.nodes.identity(status) == node.key and status[files.SX_MODE] & S_IFMT == node.kind:
+                if status and self.nodes.identity(status) == node.key and status[files.ST_MODE] & S_IFMT == node.kind:
                     return status
             fd = self.nodes.fd(node)
         return status_of(fd.number)
 
-    def _attr(self, node: Node, status: tuple[int, ...]) -> Attr:
-        uid, gid = status[files.SX_UID], status[files.SX_GID]
-        if self._uids is not None:
-            uid = self._uids.to_guest(uid)
-        if self._gids is not None:
-            gid = self._gids.to_guest(gid)
-        if node.mount == self.nodes.root.mount:
-            return attributes(status, uid, gid)
+    def _attr(self, node: Node, status: Status) -> bytes:
+        """Make fuse_attr_out."""
+        blksize, owner, mode, ino, size, atime, atime_ns, _, ctime, ctime_ns, mtime, mtime_ns, rdev, place = status
+        flags = 0
+        if place != self._plain:
+            ino, owner, flags = self._shown(node, ino, owner)
+        return _ATTR_OUT(
+            self._attr_valid, ino, size, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+            mode, owner, wire_device(rdev) if rdev else 0, blksize, flags,
+        )  # fmt: skip
+
+    def _shown(self, node: Node, ino: int, owner: bytes) -> tuple[int, bytes, int]:
+        """Give inode number, links with owner, and FUSE_ATTR_* flags as the client is to see them."""
+        if self._uids is not None or self._gids is not None:
+            links, uid, gid = _OWNER.unpack(owner)
+            if self._uids is not None:
+                uid = self._uids.to_guest(uid)
+            if self._gids is not None:
+                gid = self._gids.to_guest(gid)
+            owner = _OWNER.pack(links, uid, gid)
+        if node.place == self.nodes.root.place:
+            return ino, owner, 0
         if not self._submounts:
-            attr = attributes(status, uid, gid)
-            return (attr[0] ^ self._elsewhere(node), *attr[1:])
+            return ino ^ self._elsewhere(node), owner, 0
         parent = node.parent
-        top = parent is not None and parent.mount != node.mount
-        return attributes(status, uid, gid, abi.FUSE_ATTR_SUBMOUNT if top else 0)
+        top = parent is not None and parent.place != node.place
+        return ino, owner, abi.FUSE_ATTR_SUBMOUNT if top else 0
 
     def _elsewhere(self, node: Node) -> int:
         """Give what to mark inode numbers of another filesystem than the root's with, where all are shown as one.
 
         Two files of the same number and device would be taken for one with two names, by tar, rsync and cp.
         """
-        device = node.key[2:4]
-        if self._submounts or device == self.nodes.root.key[2:4]:
+        device = node.place[:8]
+        if self._submounts or device == self.nodes.root.place[:8]:
             return 0
         return self._devices.setdefault(device, len(self._devices) + 1) << 48
 
-    def _entry(self, parent: Node, directory: Fd, name: bytes, status: tuple[int, ...]) -> EntryTuple:
-        """Count a lookup of a name whose status is given, and make the reply."""
-        nodeid, node = self.nodes.enter(parent, directory, name, status)
-        return nodeid, self._attr(node, status), self._entry_timeout, self._attr_timeout, 0
+    def _entry(self, nodeid: int, node: Node, status: Status) -> bytes:
+        """Make fuse_entry_out of a node that has been entered."""
+        blksize, owner, mode, ino, size, atime, atime_ns, _, ctime, ctime_ns, mtime, mtime_ns, rdev, place = status
+        flags = 0
+        if place != self._plain:
+            ino, owner, flags = self._shown(node, ino, owner)
+        return _ENTRY_OUT(
+            nodeid, self._entry_valid, ino, size, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+            mode, owner, wire_device(rdev) if rdev else 0, blksize, flags,
+        )  # fmt: skip
 
-    def _found(self, parent: Node, directory: Fd, name: bytes) -> EntryTuple:
-        """As `_entry`, of a name that has just been made."""
-        status = files.statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS)
-        return self._entry(parent, directory, name, status)
+    def _found(self, parent: Node, directory: Fd, name: bytes) -> bytes:
+        """Count a lookup of a name that has just been made, and make the reply."""
+        status = files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
+        nodeid, node = self.nodes.enter(parent, directory, name, status)
+        return self._entry(nodeid, node, status)
 
     def _path(self, fd: Fd) -> bytes:
         """Give the path under /proc that leads to what an O_PATH descriptor stands for, whatever its name is now.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.attributes import Attributes
 from fusewire.fs.passthrough.backing import Backing
-from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, S_IFREG, Handle
+from fusewire.fs.passthrough.base import S_IFDIR, S_IFREG, Handle
 from fusewire.fs.passthrough.locks import Locks
 from fusewire.fs.passthrough.names import Names
 from fusewire.fs.passthrough.nodes import Fd, status_of
@@ -21,8 +21,7 @@ from fusewire.ops import FileRange
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
-    from fusewire.fs.passthrough.base import EntryTuple
-    from fusewire.fs.passthrough.nodes import Node
+    from fusewire.fs.passthrough.nodes import Node, Status
     from fusewire.ops import Caller
 
 # Flags of open(2) that say how an open file behaves, and have been checked by the client's kernel.
@@ -45,10 +44,10 @@ class Data(Locks, Backing, Names, Attributes):
             flags = flags & ~os.O_ACCMODE | os.O_RDWR
         return flags
 
-    def _opened(self, node: Node, fd: Fd, flags: int, status: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    def _opened(self, node: Node, fd: Fd, flags: int, status: Status | None = None) -> tuple[int, ...]:
         """Give the handle of an open file, and say what the kernel may keep of it."""
         handle = Handle(node, fd, flags)
-        node.lent.append(fd)
+        node.lend(fd)
         mode = self.config.mode
         open_flags = mode.open_flags
         if flags & os.O_DIRECT and self.config.allow_direct_io:
@@ -56,17 +55,17 @@ class Data(Locks, Backing, Names, Attributes):
         if status is None and (mode.revalidate or self._backs):
             status = status_of(fd.number)
         if status is not None and mode.revalidate:
-            seen = (status[files.SX_SIZE], status[files.SX_MTIME], status[files.SX_MTIME_NS])
+            seen = (status[files.ST_SIZE][:8], status[files.ST_MTIME], status[files.ST_MTIME_NS])
             if seen == node.seen:
                 open_flags |= abi.FOPEN_KEEP_CACHE
             node.seen = seen
-        backing = self._backing_of(node, fd, status[files.SX_MODE]) if status is not None else 0
+        backing = self._backing_of(node, fd, status[files.ST_MODE]) if status is not None else 0
         fh = self.handles.add(handle)
         if backing:
             return fh, abi.FOPEN_PASSTHROUGH, backing
         return fh, open_flags
 
-    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:  # type: ignore[override]
+    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:
         node = self.nodes.get(nodeid)
         if node.kind == S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, "is a directory", node.name)
@@ -80,9 +79,9 @@ class Data(Locks, Backing, Names, Attributes):
                 self._clear_capability(node)
         return self._opened(node, fd, flags)
 
-    def create(  # type: ignore[override]
+    def create(
         self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[EntryTuple, tuple[int, ...]]:
+    ) -> tuple[bytes, tuple[int, ...]]:
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
         how = self._flags(flags) & ~os.O_TRUNC | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -108,30 +107,31 @@ class Data(Locks, Backing, Names, Attributes):
         if labels:
             self._set_labels(directory, name, labels)
         status = status_of(fd.number)
-        entry = self._entry(above, directory, name, status)
+        nodeid, node = self.nodes.enter(above, directory, name, status)
         try:
-            return entry, self._opened(self.nodes.get(entry[0]), fd, flags, status)
+            return self._entry(nodeid, node, status), self._opened(node, fd, flags, status)
         except BaseException:
-            self.nodes.forget(entry[0], 1)  # the kernel hears of an error only
+            self.nodes.forget(nodeid, 1)  # the kernel hears of an error only
             raise
 
     def _open_existing(
         self, caller: Caller, above: Node, directory: Fd, name: bytes, flags: int, open_flags: int
-    ) -> tuple[EntryTuple, tuple[int, ...]]:
+    ) -> tuple[bytes, tuple[int, ...]]:
         """Open what somebody on the host was quicker to make, like anything else that is found."""
-        entry = self._found(above, directory, name)
+        status = files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
+        nodeid, node = self.nodes.enter(above, directory, name, status)
         try:
-            if entry[1][9] & S_IFMT not in (S_IFREG, S_IFDIR):
+            if node.kind not in (S_IFREG, S_IFDIR):
                 # A symlink or a FIFO is for the client's kernel to resolve or open: it looks the name up again.
                 raise OSError(errno.ESTALE, "there is something else by that name now", name)
-            return entry, self.open(caller, entry[0], flags, open_flags)
+            return self._entry(nodeid, node, status), self.open(caller, nodeid, flags, open_flags)
         except BaseException:
-            self.nodes.forget(entry[0], 1)
+            self.nodes.forget(nodeid, 1)
             raise
 
-    def tmpfile(  # type: ignore[override]
+    def tmpfile(
         self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[EntryTuple, tuple[int, ...]]:
+    ) -> tuple[bytes, tuple[int, ...]]:
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
         self.nodes.reserve()
@@ -146,20 +146,19 @@ class Data(Locks, Backing, Names, Attributes):
             if person is not None:
                 person.leave()
         status = status_of(fd.number)
-        entry = self._entry(above, directory, b"", status)
+        nodeid, node = self.nodes.enter(above, directory, b"", status)
         try:
-            node = self.nodes.get(entry[0])
             self.nodes.pin(node, Fd(os.open(self._path(fd), os.O_PATH | os.O_CLOEXEC)))
-            return entry, self._opened(node, fd, flags, status)
+            return self._entry(nodeid, node, status), self._opened(node, fd, flags, status)
         except BaseException:
-            self.nodes.forget(entry[0], 1)
+            self.nodes.forget(nodeid, 1)
             raise
 
     def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
         handle = self.handles.remove(fh)
         if handle.lock is not None:  # a directory's
             return
-        handle.node.lent.remove(handle.fd)
+        handle.node.lent.remove(handle.fd)  # type: ignore[attr-defined]
         self._handle_end(handle, release_flags)
         self._backing_end(handle.node)
 

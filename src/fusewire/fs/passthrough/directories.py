@@ -9,20 +9,25 @@ from __future__ import annotations
 import errno
 import os
 from _thread import allocate_lock
+from struct import Struct
 from typing import TYPE_CHECKING
 
-from fusewire.fs.passthrough.base import S_IFDIR, Handle
-from fusewire.fs.passthrough.nodes import STATUS
+from fusewire.fs.passthrough.base import ATTR, S_IFDIR, Handle, wire_device
 from fusewire.fs.passthrough.watch import Watch
 from fusewire.linux import files
-from fusewire.wire.codec import DIRENTPLUS, DirBuffer, timeout
+from fusewire.wire.codec import DIRENT, DirBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
+    from fusewire.linux.files import Dirent
     from fusewire.ops import Buffer, Caller
 
+_THEMSELVES = (b".", b"..")
 _MOST = 32768  # bytes of entries that are read from the host at once
+_MOST_PLUS = 1 << 20  # bytes of an answer; what a client asks for is only a claim
+_DIRENTPLUS = Struct("=Q32s" + ATTR + DIRENT.format[1:]).pack_into
+_DIRENT = DIRENT.pack_into
 
 
 class Directories(Watch):
@@ -51,50 +56,56 @@ class Directories(Watch):
         handle = self._directory(fh)
         buffer = DirBuffer(size)
         mark = self._elsewhere(handle.node)
-        if not mark:
-            self._list(handle, offset, size, buffer.add)
-        else:
-            self._list(handle, offset, size, lambda name, ino, cookie, kind: buffer.add(name, ino ^ mark, cookie, kind))
+        with handle.lock:
+            for entries in self._listing(handle, offset, size):
+                for name, ino, cookie, kind in entries:
+                    if not buffer.add(name, ino ^ mark, cookie, kind):
+                        break
+                    handle.cookie = cookie
+                    handle.given += 1
         return buffer.data
 
     def readdirplus(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
     ) -> Buffer:
         handle = self._directory(fh)
-        buffer = DirBuffer(size)
-        node, directory, data = handle.node, handle.fd, buffer.data
-        statx, enter, attributes, add, pack = (
-            files.statx,
-            self.nodes.enter,
-            self._attr,
-            buffer.add_plus,
-            DIRENTPLUS.pack,
-        )
-        (entry_s, entry_ns), (attr_s, attr_ns) = timeout(self._entry_timeout), timeout(self._attr_timeout)
-
-        def add_entry(name: bytes, ino: int, cookie: int, kind: int) -> bool:
-            if name in (b".", b".."):
-                return add(name, cookie, None, ino, kind)
-            length = len(name)
-            padding = -length & 7
-            if len(data) + 152 + length + padding > size:
-                return False
-            try:
-                status = statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS)
-            except OSError:
-                # Removed since it was read, or not to be had (a dead network mount): a name without an inode. Whoever
-                # looks it up hears why.
-                return add(name, cookie, None, ino, kind)
-            nodeid, child = enter(node, directory, name, status)
-            attr = attributes(child, status)
-            data.extend(pack(
-                nodeid, 0, entry_s, attr_s, entry_ns, attr_ns, *attr, attr[0], cookie, length, attr[9] >> 12
-            ))  # fmt: skip
-            data.extend(name + bytes(padding))
-            return True
-
-        self._list(handle, offset, size, add_entry)
-        return buffer.data
+        node, directory, plain, valid = handle.node, handle.fd.number, self._plain, self._entry_valid
+        find, enter, shown, pack = files.status, self.nodes.enter, self._shown, _DIRENTPLUS
+        size = min(size, _MOST_PLUS)
+        data = bytearray(size)
+        end = 0
+        with handle.lock:
+            for entries in self._listing(handle, offset, size):
+                for name, ino, cookie, kind in entries:
+                    length = len(name)
+                    after = end + 152 + (length + 7 & ~7)
+                    if after > size:
+                        break
+                    status = None
+                    if name[0] != 46 or name not in _THEMSELVES:
+                        try:
+                            status = find(directory, name, files.AT_SYMLINK_NOFOLLOW)
+                        except OSError:
+                            pass  # removed since it was read, or a dead network mount: whoever looks it up hears why
+                    if status is None:
+                        _DIRENT(data, end + 128, ino, cookie, length, kind)  # a name without an inode
+                    else:
+                        flags = 0
+                        nodeid, child = enter(node, handle.fd, name, status)
+                        blksize, owner, mode, ino, blocks, at, at_ns, _, ct, ct_ns, mt, mt_ns, rdev, place = status
+                        if place != plain:
+                            ino, owner, flags = shown(child, ino, owner)
+                        pack(
+                            data, end, nodeid, valid, ino, blocks, at, mt, ct, at_ns, mt_ns, ct_ns,
+                            mode, owner, wire_device(rdev) if rdev else 0, blksize, flags,
+                            ino, cookie, length, mode >> 12,
+                        )  # fmt: skip
+                    data[end + 152 : end + 152 + length] = name
+                    end = after
+                    handle.cookie = cookie
+                    handle.given += 1
+        del data[end:]
+        return data
 
     def _directory(self, fh: int) -> Handle:
         handle = self.handles.get(fh)
@@ -102,34 +113,33 @@ class Directories(Watch):
             raise NotADirectoryError(errno.ENOTDIR, "the handle is that of a file", fh)
         return handle
 
-    def _list(self, handle: Handle, offset: int, size: int, add: Callable[[bytes, int, int, int], bool]) -> None:
-        """Give the entries after the cookie `offset` to `add`, until it takes no more or the directory ends."""
-        with handle.lock:
-            pending = handle.pending
-            if offset != handle.cookie or not offset:
-                pending = []
-                # lseek(2) takes positions as signed numbers; some network filesystems use all 64 bits.
-                os.lseek(handle.fd.number, offset - (1 << 64) if offset >> 63 else offset, os.SEEK_SET)
-                handle.cookie = offset
-            full = False
-            while not full:
-                if not pending:
-                    buffer = bytearray(min(max(size, 4096), _MOST))
-                    try:
-                        length = files.getdents64(handle.fd.number, buffer)
-                    except OSError:
-                        if handle.cookie != offset:  # what has been counted has to be given; the error comes again
-                            break
-                        raise
-                    if not length:
-                        break
-                    pending = files.parse_dents(buffer, length)
-                for done, (name, ino, cookie, kind) in enumerate(pending):
-                    if not add(name, ino, cookie & 0xFFFFFFFFFFFFFFFF, kind):
-                        pending = pending[done:]
-                        full = True
-                        break
-                    handle.cookie = cookie & 0xFFFFFFFFFFFFFFFF
-                else:
-                    pending = []
-            handle.pending = pending
+    def _listing(self, handle: Handle, offset: int, size: int) -> Iterator[list[Dirent]]:
+        """Give the entries after the cookie `offset`, in portions, until one of them is not used up.
+
+        Whoever takes them sets `handle.cookie` to the cookie of the last that he took, and counts them in
+        `handle.given`.
+        """
+        pending, handle.pending = handle.pending, []
+        if offset != handle.cookie or not offset:
+            pending = []
+            # lseek(2) takes positions as signed numbers; some network filesystems use all 64 bits.
+            os.lseek(handle.fd.number, offset - (1 << 64) if offset >> 63 else offset, os.SEEK_SET)
+            handle.cookie = offset
+        while True:
+            if not pending:
+                buffer = bytearray(min(max(size, 4096), _MOST))
+                try:
+                    length = files.getdents64(handle.fd.number, buffer)
+                except OSError:
+                    if handle.cookie != offset:  # what has been counted has to be given; the error comes again
+                        return
+                    raise
+                if not length:
+                    return
+                pending = files.parse_dents(buffer, length)
+            handle.given = 0
+            yield pending
+            if handle.given < len(pending):
+                handle.pending = pending[handle.given :]
+                return
+            pending = []

@@ -11,15 +11,14 @@ import os
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, device
-from fusewire.fs.passthrough.nodes import STATUS
 from fusewire.fs.passthrough.watch import Watch
 from fusewire.linux import files
+from fusewire.ops import Entry
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fusewire.fs.passthrough.base import EntryTuple
     from fusewire.fs.passthrough.nodes import Fd, Node
     from fusewire.ops import Caller
 
@@ -29,19 +28,20 @@ _NO_ATTR = (0,) * 16
 class Names(Watch):
     """The operations on names."""
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> EntryTuple:  # type: ignore[override]
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes:
         nodes = self.nodes
         above = nodes.get(parent)
         directory = above.fd or nodes.fd(above)
         if self.watching:
             self._look_at(above, directory)
         try:
-            status = files.statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS)
+            status = files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
         except FileNotFoundError:
             if self._negative_timeout:
-                return 0, _NO_ATTR, self._negative_timeout, 0, 0
+                return Entry(0, _NO_ATTR, self._negative_timeout, 0)
             raise
-        return self._entry(above, directory, name, status)
+        nodeid, node = nodes.enter(above, directory, name, status)
+        return self._entry(nodeid, node, status)
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         node = self.nodes.forget(nodeid, nlookup)
@@ -57,7 +57,7 @@ class Names(Watch):
 
     # Making
 
-    def _make(self, caller: Caller, parent: int, name: bytes, make: Callable[[int], None]) -> EntryTuple:
+    def _make(self, caller: Caller, parent: int, name: bytes, make: Callable[[int], None]) -> bytes:
         """Have `make(directory's descriptor)` create `name` as the caller, and look it up."""
         above = self.nodes.get(parent)
         directory = self.nodes.fd(above)
@@ -96,19 +96,19 @@ class Names(Watch):
         finally:
             os.close(fd)
 
-    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> EntryTuple:  # type: ignore[override]
+    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> bytes:
         number = device(rdev)
         with self._umask(umask):
             return self._make(caller, parent, name, lambda at: os.mknod(name, mode & 0o177777, number, dir_fd=at))
 
-    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> EntryTuple:  # type: ignore[override]
+    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> bytes:
         with self._umask(umask):
             return self._make(caller, parent, name, lambda at: os.mkdir(name, mode & 0o7777, dir_fd=at))
 
-    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> EntryTuple:  # type: ignore[override]
+    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> bytes:
         return self._make(caller, parent, name, lambda at: os.symlink(target, name, dir_fd=at))
 
-    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> EntryTuple:  # type: ignore[override]
+    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> bytes:
         above = self.nodes.get(newparent)
         directory = self.nodes.fd(above)
         fd = self.nodes.fd(self.nodes.get(nodeid))

@@ -16,30 +16,28 @@ from __future__ import annotations
 import errno
 import os
 from _thread import allocate_lock
-from operator import itemgetter
-from typing import TYPE_CHECKING
+from struct import Struct
+from typing import TYPE_CHECKING, Any
 
 from fusewire.inodes import InodeTable
 from fusewire.linux import files, mountinfo
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
+    from collections.abc import Sequence, Sized
 
-STATUS = files.STATX_BASIC_STATS | files.STATX_BTIME | files.STATX_MNT_ID
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHAIN = 4096  # components of a path that is opened anew; PATH_MAX leaves room for no more
 
+_MNT_ID = Struct("=8xQ").unpack  # of ST_PLACE
 
-# The identity of an inode, of a statx. An inode number may be given out anew as soon as nobody holds the inode, and its
-# time of birth tells; but overlayfs changes that when it copies a file up.
-_IDENTITY = (files.SX_INO, files.SX_MNT_ID, files.SX_DEV_MINOR, files.SX_DEV_MAJOR)
-_anonymous = itemgetter(*_IDENTITY)
-_born = itemgetter(*_IDENTITY, files.SX_BTIME, files.SX_BTIME_NS)
+# What statx says of a file, as files.status() gives it, and the identity of its inode: see Nodes.identity.
+Status = tuple[Any, ...]
+Key = tuple[Any, ...]
 
 
-def status_of(fd: int) -> tuple[int, ...]:
-    """Give the statx of what a descriptor stands for."""
-    return files.statx(fd, b"", files.AT_EMPTY_PATH, STATUS)
+def status_of(fd: int) -> Status:
+    """Give the status of what a descriptor stands for."""
+    return files.status(fd, b"", files.AT_EMPTY_PATH)
 
 
 class Fd:
@@ -63,38 +61,34 @@ class Fd:
 class Node:
     """An inode that the kernel knows: its identity, the last known name, and its descriptor if it has one."""
 
-    __slots__ = (
-        "backing",
-        "fd",
-        "gone",
-        "handle",
-        "key",
-        "kind",
-        "lent",
-        "mount",
-        "name",
-        "opened",
-        "parent",
-        "pinned",
-        "seen",
-        "used",
-    )
+    # Most nodes never have more than what __init__ sets: these are the class's until then, which halves the making.
+    fd: Fd | None = None
+    lent: Sequence[Fd] = ()  # descriptors of open files of this inode, which do as well; a list from the first on
+    handle: bytes | None = None
+    pinned = False
+    gone = False  # forgotten: whoever is still at it keeps no descriptor in it
+    used = False
+    seen: tuple[bytes, ...] = ()  # size and mtime when it was opened last: what the page cache holds is of then
+    opened = 0
+    backing = 0
 
-    def __init__(self, key: tuple[int, ...], mount: int, kind: int, parent: Node | None, name: bytes) -> None:
+    def __init__(self, key: Key, kind: int, parent: Node | None, name: bytes) -> None:
         self.key = key
-        self.mount = mount
         self.kind = kind  # S_IFMT bits; an inode never changes them
         self.parent = parent
         self.name = name
-        self.fd: Fd | None = None
-        self.lent: list[Fd] = []  # descriptors of open files of this inode, which do as well
-        self.handle: bytes | None = None
-        self.pinned = False
-        self.gone = False  # forgotten: whoever is still at it keeps no descriptor in it
-        self.used = False
-        self.seen: tuple[int, ...] = ()  # size and mtime when it was opened last: what the page cache holds is of then
-        self.opened = 0
-        self.backing = 0
+
+    @property
+    def place(self) -> bytes:
+        """The device and the mount that it is on, as ST_PLACE has them."""
+        return self.key[1]  # type: ignore[no-any-return]
+
+    def lend(self, fd: Fd) -> None:
+        """Keep the descriptor of an open file of the inode, which does as well as its own."""
+        if type(self.lent) is list:
+            self.lent.append(fd)
+        else:
+            self.lent = [fd]
 
 
 class Nodes:
@@ -103,9 +97,9 @@ class Nodes:
     def __init__(self, root: int, *, budget: int, handles: bool = False) -> None:
         """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted."""
         status = status_of(root)
-        found = mountinfo.by_id(status[files.SX_MNT_ID])
-        self.identity = _anonymous if found is None or found.fstype == b"overlay" else _born
-        node = Node(self.identity(status), status[files.SX_MNT_ID], status[files.SX_MODE] & 0o170000, None, b"")
+        found = mountinfo.by_id(_MNT_ID(status[files.ST_PLACE])[0])
+        self._born = found is not None and found.fstype != b"overlay"
+        node = Node(self.identity(status), status[files.ST_MODE] & 0o170000, None, b"")
         node.fd = Fd(root)
         node.pinned = True
         self.root = node
@@ -115,9 +109,19 @@ class Nodes:
         self.others: list[Sized] = []  # what else holds a descriptor each, and cannot be closed to make room
         self._budget = budget
         self._by_handle = handles
-        self._mounts: dict[int, Fd] = {}
+        self._mounts: dict[bytes, Fd] = {}
         self._held: dict[Node, None] = {}  # nodes with a descriptor, the longest held first
         self._lock = allocate_lock()  # over _held and _mounts, where more than one step belongs together
+
+    def identity(self, status: Status) -> Key:
+        """Give what tells an inode from all others: its number, its device and mount, and its time of birth.
+
+        A number may be given out anew as soon as nobody holds the inode, and then the birth tells; but overlayfs
+        changes that when it copies a file up.
+        """
+        if self._born:
+            return status[files.ST_INO], status[files.ST_PLACE], status[files.ST_BIRTH]
+        return status[files.ST_INO], status[files.ST_PLACE]
 
     def __len__(self) -> int:
         """How many nodes the kernel knows."""
@@ -173,7 +177,7 @@ class Nodes:
                 raise self.explain(error) from None
             status = status_of(new.number)
             # The number of an inode that is gone may be that of a FIFO by now, which must not be opened for real.
-            if self.identity(status) != at.key or status[files.SX_MODE] & 0o170000 != at.kind:
+            if self.identity(status) != at.key or status[files.ST_MODE] & 0o170000 != at.kind:
                 raise OSError(errno.ESTALE, "another file is where this one was", at.name)
             self.hold(at, new)
             fd = new
@@ -182,7 +186,7 @@ class Nodes:
     def _open_handle(self, node: Node) -> Fd:
         assert node.handle is not None
         with self._lock:
-            mount = self._mounts.get(node.mount)
+            mount = self._mounts.get(node.place)
         if mount is None:
             raise OSError(errno.ESTALE, "the mount of the file is gone", node.name)
         try:
@@ -196,11 +200,11 @@ class Nodes:
         """Learn the node's file handle, if its filesystem has them; if not, it goes by name like the others."""
         try:
             node.handle, _ = files.name_to_handle(directory.number, name, 0)
-            if node.mount not in self._mounts:
+            if node.place not in self._mounts:
                 opened = Fd(os.open(b"/proc/self/fd/%d" % directory.number, os.O_RDONLY | os.O_CLOEXEC))
-                if status_of(opened.number)[files.SX_MNT_ID] == node.mount:
+                if status_of(opened.number)[files.ST_PLACE] == node.place:
                     with self._lock:
-                        self._mounts.setdefault(node.mount, opened)
+                        self._mounts.setdefault(node.place, opened)
                 else:
                     node.handle = None  # the root of a submount: its own descriptor is as good
         except OSError:
@@ -257,10 +261,10 @@ class Nodes:
 
     # Names
 
-    def enter(self, parent: Node, directory: Fd, name: bytes, status: tuple[int, ...]) -> tuple[int, Node]:
-        """Count a lookup of what `name` in `parent` leads to, whose statx is given: (node id, node)."""
-        key = self.identity(status)
-        kind = status[files.SX_MODE] & 0o170000
+    def enter(self, parent: Node, directory: Fd, name: bytes, status: Status) -> tuple[int, Node]:
+        """Count a lookup of what `name` in `parent` leads to, whose status is given: (node id, node)."""
+        key = (status[3], status[13], status[7]) if self._born else (status[3], status[13])  # as identity() has it
+        kind = status[2] & 0o170000
         known = self.table.again(key)
         if known is not None:
             nodeid, node = known
@@ -271,7 +275,7 @@ class Nodes:
             # The inode's number has been given to another file on the host.
             self.table.detach(nodeid)
             self.table.forget(nodeid, 1)
-        fresh = Node(key, status[files.SX_MNT_ID], kind, parent, name)
+        fresh = Node(key, kind, parent, name)
         nodeid, node = self.table.enter(fresh, key)
         if node is fresh and self._by_handle:
             self._remember_handle(node, directory, name)
@@ -282,7 +286,7 @@ class Nodes:
             node.parent, node.name = parent, name
             node.pinned = False
 
-    def _known(self, status: tuple[int, ...]) -> Node | None:
+    def _known(self, status: Status) -> Node | None:
         nodeid = self.table.find(self.identity(status))
         try:
             return self.table.get(nodeid) if nodeid else None
@@ -292,7 +296,7 @@ class Nodes:
     def at(self, directory: Fd, name: bytes) -> Node | None:
         """Give the node that a name leads to, if the kernel knows it."""
         try:
-            return self._known(files.statx(directory.number, name, files.AT_SYMLINK_NOFOLLOW, STATUS))
+            return self._known(files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW))
         except FileNotFoundError:
             return None
 
