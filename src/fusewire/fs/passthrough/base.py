@@ -44,7 +44,7 @@ _OWNER = Struct("=4sII")
 class Handle:
     """An open file or directory: its descriptor, its node, and what a directory's listing has read ahead."""
 
-    __slots__ = ("cookie", "ended", "fd", "flags", "given", "lock", "node", "owners", "pending")
+    __slots__ = ("bare", "cookie", "ended", "fd", "flags", "given", "lock", "node", "owners", "pending")
 
     def __init__(self, node: Node, fd: Fd, flags: int) -> None:
         self.node = node
@@ -54,6 +54,7 @@ class Handle:
         self.pending: list[files.Dirent] = []
         self.cookie = 0
         self.given = 0  # how many of the portion at hand have been given
+        self.bare = False  # READDIRPLUS gives names alone
         self.lock: Any = None
         self.owners: set[int] | None = None  # lock owners that have taken POSIX or OFD locks by it
         self.ended = False  # no lock is taken by it any more
@@ -102,7 +103,7 @@ class Base(Operations):
         self._trusted = credentials.may_administer()
         # What may fail comes before this: from here on `source` is ours.
         by_handle = self._choose_handles(source)
-        self.nodes = Nodes(source, budget=config.fd_budget or _budget(), handles=by_handle)
+        self.nodes = Nodes(source, budget=config.fd_budget or _budget(), handles=by_handle, proc=config.proc)
         self.handles: HandleTable[Handle] = HandleTable()
         self.nodes.others.append(self.handles)
         self._submounts = False
@@ -258,7 +259,10 @@ class Base(Operations):
         """
         if node.kind not in (S_IFREG, S_IFDIR):
             raise OSError(errno.EBADF, "only files and directories are opened", node.name)
-        fd = self.nodes.fd(node)
+        return self._open_for_real(self.nodes.fd(node), flags)
+
+    def _open_for_real(self, fd: Fd, flags: int) -> Fd:
+        """Open the file that `fd` stands for, which has to be a regular one or a directory."""
         self.nodes.reserve()
         try:
             return Fd(os.open(self._path(fd), flags & ~(os.O_NOFOLLOW | os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC))

@@ -69,15 +69,20 @@ class Data(Locks, Backing, Names, Attributes):
         node = self.nodes.get(nodeid)
         if node.kind == S_IFDIR:
             raise IsADirectoryError(errno.EISDIR, "is a directory", node.name)
-        fd = self._reopen(node, self._flags(flags))
+        if node.kind != S_IFREG:
+            raise OSError(errno.EBADF, "only files and directories are opened", node.name)
+        status: Status | None
+        reached, status = self.nodes.reach(node)
+        fd = self._open_for_real(reached, self._flags(flags))
         if flags & os.O_TRUNC:
+            status = None
             # Without HANDLE_KILLPRIV_V2 the kernel clears set-user-ID bits itself, but not here (fuse_open).
             told = self.flags & abi.FUSE_HANDLE_KILLPRIV_V2
             if open_flags & abi.FUSE_OPEN_KILL_SUIDGID if told else caller.uid:
                 self._drop_privileges(node)
             else:
                 self._clear_capability(node)
-        return self._opened(node, fd, flags)
+        return self._opened(node, fd, flags, status)
 
     def create(
         self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
@@ -195,7 +200,8 @@ class Data(Locks, Backing, Names, Attributes):
     def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:
         handle = self.handles.get(fh)
         fd = handle.fd
-        os.close(os.dup(fd.number))  # close(2) gives the errors of delayed writes (quota, network filesystems)
+        if handle.flags & os.O_ACCMODE != os.O_RDONLY:
+            os.close(os.dup(fd.number))  # close(2) gives the errors of delayed writes (quota, network filesystems)
         self._locks_end(handle, lock_owner)
 
     def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> None:

@@ -10,6 +10,7 @@ import errno
 import os
 from _thread import allocate_lock
 from struct import Struct
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import ATTR, S_IFDIR, Handle, wire_device
@@ -20,6 +21,7 @@ from fusewire.wire.codec import DIRENT, DirBuffer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fusewire.fs.passthrough.nodes import Node
     from fusewire.linux.files import Dirent
     from fusewire.ops import Buffer, Caller
 
@@ -37,15 +39,17 @@ class Directories(Watch):
         node = self.nodes.get(nodeid)
         if node.kind != S_IFDIR:
             raise NotADirectoryError(errno.ENOTDIR, "not a directory", node.name)
-        handle = Handle(node, self._reopen(node, os.O_RDONLY | os.O_DIRECTORY), flags)
+        handle = Handle(node, self.nodes.open_directory(node), flags)
+        node.lend(handle.fd)
         handle.lock = allocate_lock()
         if self.watching:
             self._look_at(node, handle.fd)
         return self.handles.add(handle), self.config.mode.dir_flags
 
     def releasedir(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
-        self._directory(fh)  # a file's has more to it
+        handle = self._directory(fh)  # a file's has more to it
         self.handles.remove(fh)
+        handle.node.lent.remove(handle.fd)  # type: ignore[attr-defined]
 
     def fsyncdir(self, nodeid: int, fh: int, fsync_flags: int) -> None:
         self._sync(self.handles.get(fh).fd, fsync_flags)
@@ -76,13 +80,16 @@ class Directories(Watch):
         end = 0
         with handle.lock:
             for entries in self._listing(handle, offset, size):
+                if not offset and not end:
+                    handle.bare = self._is_known(node, len(entries))
+                bare = handle.bare
                 for name, ino, cookie, kind in entries:
                     length = len(name)
                     after = end + 152 + (length + 7 & ~7)
                     if after > size:
                         break
                     status = None
-                    if name[0] != 46 or name not in _THEMSELVES:
+                    if not bare and (name[0] != 46 or name not in _THEMSELVES):
                         try:
                             status = find(directory, name, files.AT_SYMLINK_NOFOLLOW)
                         except OSError:
@@ -106,6 +113,15 @@ class Directories(Watch):
                     handle.given += 1
         del data[end:]
         return data
+
+    def _is_known(self, node: Node, entries: int) -> bool:
+        """Tell whether the client has looked up most of a directory's names just now, one by one.
+
+        Then their attributes need not come with the names once more: `git status` looks at all files that it knows of,
+        and lists their directories after that.
+        """
+        looked, node.looked = node.looked, 0
+        return 2 * looked > entries and monotonic() - node.looked_since < self._attr_timeout
 
     def _directory(self, fh: int) -> Handle:
         handle = self.handles.get(fh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, device
@@ -34,6 +35,9 @@ class Names(Watch):
         directory = above.fd or nodes.fd(above)
         if self.watching:
             self._look_at(above, directory)
+        if not above.looked:
+            above.looked_since = monotonic()
+        above.looked += 1
         try:
             status = files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
         except FileNotFoundError:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
 
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHAIN = 4096  # components of a path that is opened anew; PATH_MAX leaves room for no more
 
 _MNT_ID = Struct("=8xQ").unpack  # of ST_PLACE
@@ -71,6 +72,8 @@ class Node:
     seen: tuple[bytes, ...] = ()  # size and mtime when it was opened last: what the page cache holds is of then
     opened = 0
     backing = 0
+    looked = 0  # directories: names that were looked up one by one since it was listed last, the first of them when
+    looked_since = 0.0
 
     def __init__(self, key: Key, kind: int, parent: Node | None, name: bytes) -> None:
         self.key = key
@@ -94,8 +97,12 @@ class Node:
 class Nodes:
     """All nodes of one served directory; `root` is node 1. Safe to use from many threads."""
 
-    def __init__(self, root: int, *, budget: int, handles: bool = False) -> None:
-        """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted."""
+    def __init__(self, root: int, *, budget: int, handles: bool = False, proc: bytes = b"/proc/self/fd/") -> None:
+        """Take over `root`, an O_PATH descriptor. At most `budget` descriptors are open, those of `files` counted.
+
+        proc: prefix of this process's descriptors as paths.
+        """
+        self._proc = proc
         status = status_of(root)
         found = mountinfo.by_id(_MNT_ID(status[files.ST_PLACE])[0])
         self._born = found is not None and found.fstype != b"overlay"
@@ -145,7 +152,37 @@ class Nodes:
         if found is not None:
             node.used = True
             return found
-        return self.lent(node) or self._reopen(node)
+        return self.lent(node) or self._reopen(node)[0]
+
+    def reach(self, node: Node) -> tuple[Fd, Status]:
+        """Give a descriptor as `fd` does, and the node's status of now."""
+        found = node.fd or self.lent(node)
+        if found is None:
+            return self._reopen(node)
+        node.used = True
+        return found, status_of(found.number)
+
+    def open_directory(self, node: Node) -> Fd:
+        """Open a directory for real, to be listed. Raises as `fd` does, and what open(2) does."""
+        self.reserve()
+        parent = node.parent
+        above = None if node.fd is not None or node.handle is not None or parent is None else parent.fd
+        try:
+            if above is None:
+                fd = self.fd(node)
+                try:
+                    return Fd(os.open(b".", _LIST, dir_fd=fd.number))
+                except PermissionError:  # may be read and not searched; the magic link asks for no more than that
+                    return Fd(os.open(b"%s%d" % (self._proc, fd.number), _LIST & ~os.O_NOFOLLOW))
+            # Under its name at once: with O_DIRECTORY nothing else can be opened, and the identity tells.
+            new = Fd(os.open(node.name, _LIST, dir_fd=above.number))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise OSError(errno.ESTALE, "the directory is no longer where it was", node.name) from error
+            raise self.explain(error) from None
+        if self.identity(status_of(new.number)) != node.key:
+            raise OSError(errno.ESTALE, "another directory is where this one was", node.name)
+        return new
 
     @staticmethod
     def lent(node: Node) -> Fd | None:
@@ -155,19 +192,21 @@ class Nodes:
         except IndexError:
             return None
 
-    def _reopen(self, node: Node) -> Fd:
+    def _reopen(self, node: Node) -> tuple[Fd, Status]:
         if node.handle is not None:
-            return self._open_handle(node)
+            fd = self._open_handle(node)
+            return fd, status_of(fd.number)
         chain = []
         at: Node | None = node
-        fd: Fd | None = None
-        while at is not None and (fd := at.fd) is None:
+        found: Fd | None = None
+        while at is not None and (found := at.fd or self.lent(at)) is None:
             chain.append(at)
             at = at.parent
             if len(chain) > _CHAIN:
                 at = None
-        if fd is None:
+        if found is None:
             raise OSError(errno.ESTALE, "the file cannot be reached any more", node.name)
+        fd, status = found, ()
         for at in reversed(chain):
             try:
                 new = Fd(os.open(at.name, _PATH, dir_fd=fd.number))
@@ -181,7 +220,7 @@ class Nodes:
                 raise OSError(errno.ESTALE, "another file is where this one was", at.name)
             self.hold(at, new)
             fd = new
-        return fd
+        return fd, status or status_of(fd.number)
 
     def _open_handle(self, node: Node) -> Fd:
         assert node.handle is not None
@@ -201,7 +240,7 @@ class Nodes:
         try:
             node.handle, _ = files.name_to_handle(directory.number, name, 0)
             if node.place not in self._mounts:
-                opened = Fd(os.open(b"/proc/self/fd/%d" % directory.number, os.O_RDONLY | os.O_CLOEXEC))
+                opened = Fd(os.open(b"%s%d" % (self._proc, directory.number), os.O_RDONLY | os.O_CLOEXEC))
                 if status_of(opened.number)[files.ST_PLACE] == node.place:
                     with self._lock:
                         self._mounts.setdefault(node.place, opened)
@@ -333,9 +372,9 @@ class Nodes:
 
     def close(self) -> None:
         """Let go of everything: at the end of the mount."""
-        for node in self.table.drain():
+        for node in (*self.table.drain(), self.root):
             node.fd = None
+            node.lent = ()
         with self._lock:
             self._held.clear()
             self._mounts.clear()
-        self.root.fd = None
