@@ -41,6 +41,7 @@ class Owner(Protocol):
     """What adapters and checks need of the session."""
 
     page_size: int
+    max_pages: int
     extended: bool
 
     def bad_reply(self, unique: int, op: Op, what: str) -> Reply:
@@ -63,6 +64,16 @@ def with_caller(
     session: Owner, handler: Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
 ) -> Any:
     return handler(caller, nodeid, *row[2](request, 40)) if row[2] is not None else handler(caller, nodeid)
+
+
+def sized(
+    session: Owner, handler: Handler, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
+) -> Any:
+    """As `plain`, for requests of data: not of more than was agreed on."""
+    arguments = row[2](request, 40)
+    if arguments[2] > session.max_pages * session.page_size:
+        raise BadRequest(errno.EINVAL)
+    return handler(nodeid, *arguments)
 
 
 def named(
@@ -237,7 +248,7 @@ def _check_data(session: Owner, unique: int, result: Any, request: Any, op: Op) 
         for part in result:
             length += length_of(part)
         if length <= size:
-            if len(result) >= _IOV_MAX:
+            if len(result) >= IOV_MAX:
                 result = [b"".join(result)]
             return [_OUT(16 + length, 0, unique), *result]
     else:
@@ -279,7 +290,7 @@ def _check_ioctl(session: Owner, unique: int, result: Any, request: Any, op: Op)
 
 
 # writev(2) takes 1024 buffers, IOV_MAX of <limits.h>; one is the header.
-_IOV_MAX = 1024
+IOV_MAX = 1024
 CHECKS = {"data": _check_data, "xattr": _check_xattr, "link": _check_link, "ioctl": _check_ioctl}
 
 ADAPTERS: dict[str, Any] = {

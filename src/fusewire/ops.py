@@ -175,8 +175,10 @@ class Pending:
             if self._settled:
                 return
             self._settled = True
-            self._result, self._error = result, error
+            self.interrupt = None  # it often leads back to here
             send = self._send
+            if send is None:
+                self._result, self._error = result, error
         if send is not None:
             send(result, error)
 
@@ -236,6 +238,8 @@ class Operations:
     """Handlers call `connection.may_block()` before anything slow. One worker at a time then reads requests, and hands
     that on only when it is about to be busy: a stream of quick requests stays on one thread and one processor, where
     workers that take turns would pay for a change of thread per request."""
+    gathers: bool = False
+    """`write` takes a list of buffers too, in the place of one; at most IOV_MAX (1024) of them."""
     idle_work: bool = False
     """Set while there is something for `idle` to do; looked at after each reply."""
     want: int = 0
@@ -361,10 +365,10 @@ class Operations:
         """Give up to `size` bytes at `offset`: less means end of file. Buffers are sent as they are, uncopied."""
         _unsupported("read")
 
-    def write(
-        self, nodeid: int, fh: int, offset: int, data: memoryview, write_flags: int, lock_owner: int, flags: int
-    ) -> int:
-        """Write `data` at `offset` and give the count of bytes. `data` is the request's memory: copy what is kept."""
+    def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
+        """Write `data`, a memoryview, at `offset` and give the count of bytes. It is the request's memory: copy what is
+        kept. A virtual machine may change it meanwhile; only with `gathers` it may be a list of memoryviews.
+        """
         _unsupported("write")
 
     def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fusewire.session import Session
+from fusewire.trace import trace_to_stderr
 from fusewire.transport.devfuse import Channel
 from fusewire.wire import abi
 from fusewire.wire.codec import IN_HEADER, OUT_HEADER
@@ -178,23 +179,3 @@ def guarded(handle: Callable[[Any], Reply], uid: int, gid: int) -> Callable[[Any
         return [data]
 
     return handle_allowed
-
-
-def trace_to_stderr(request: Any, reply: Any) -> None:
-    """Print one line per request, as `-o debug` asks."""
-    from fusewire.wire.table import TABLE
-
-    length, opcode, unique, nodeid, uid, gid, pid, _ = IN_HEADER.unpack_from(request)
-    name = next((op.name.upper() for op in TABLE if op.code == opcode), str(opcode))
-    if reply is None:
-        answer = "no reply"
-    elif type(reply) is list:
-        size, error, _ = OUT_HEADER.unpack_from(reply[0])
-        answer = f"{size} bytes" if error == 0 else os.strerror(-error)
-    else:
-        answer = f"{reply.range.size} bytes of a file"
-    line = f"{name} unique {unique} node {nodeid} uid {uid} gid {gid} pid {pid} ({length} bytes) -> {answer}\n"
-    try:
-        os.write(2, line.encode())
-    except OSError:
-        pass  # whoever listened has gone: no reason to stop serving

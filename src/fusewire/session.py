@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, Final, NamedTuple
 
-from fusewire.adapters import ADAPTERS, CHECKS, Reply, length_of, lookup, named, plain, short_setxattr, with_caller
+from fusewire.adapters import (
+    ADAPTERS,
+    CHECKS,
+    IOV_MAX,
+    Reply,
+    length_of,
+    lookup,
+    named,
+    plain,
+    short_setxattr,
+    sized,
+    with_caller,
+)
 from fusewire.ops import Buffer, Caller, FileRange, Operations, Pending, Statfs
 from fusewire.wire import abi, codec
 from fusewire.wire.requests import BadRequest, check_name
@@ -160,6 +172,9 @@ class Session:
         self.on_ready: Callable[[], None] | None = None
         self.on_destroy: Callable[[], None] | None = None
         self.on_block: Callable[[bool], None] | None = None
+        # A second INIT, from a client that has begun anew: takes the request, and gives the body of another session's
+        # reply. Without it the same session answers once more.
+        self.on_again: Callable[[Any], Buffer] | None = None
         self.on_backing_open: Callable[[int], int] | None = None
         self.on_backing_close: Callable[[int], None] | None = None
         self.ready = False
@@ -281,10 +296,49 @@ class Session:
         except Exception as error:  # noqa: BLE001 - the session's guard: whatever a handler does, the kernel gets an answer
             return self._failed(error, unique, op)
 
+    def handle_write(self, head: bytes, data: list[memoryview]) -> Reply:
+        """Serve a WRITE whose data lie apart from their header, in any number of pieces: for shared memory.
+
+        `head` is fuse_in_header and fuse_write_in, 80 bytes. The pieces reach a filesystem that `gathers` as they are.
+        """
+        length, opcode, unique, nodeid, *_ = _HEADER(head)
+        row = self._rows[abi.FUSE_WRITE]
+        if row is None:
+            return self._refuse(opcode, unique)
+        handler, _, unpack, _, encode, _, _, op = row
+        try:
+            fh, offset, size, write_flags, lock_owner, flags = unpack(head, 40)
+            if length != 80 + size or size > self.max_write or sum(map(len, data)) != size:
+                raise BadRequest(errno.EINVAL)
+            if len(data) == 1:
+                pieces: Any = data[0]
+            elif self.operations.gathers and 0 < len(data) <= IOV_MAX:
+                pieces = data
+            else:
+                pieces = memoryview(b"".join(data))
+            result = handler(nodeid, fh, offset, pieces, write_flags, lock_owner, flags)
+            if type(result) is Pending:
+                return self._defer(result, unique, row, head)
+            return [_OUT(24, 0, unique) + encode(result)]
+        except BadRequest as bad:
+            return [_OUT(16, -bad.args[0], unique)]
+        except Exception as error:  # noqa: BLE001 - as in handle
+            return self._failed(error, unique, op)
+
+    def bound_sizes(self) -> None:
+        """Refuse READ, READDIR and READDIRPLUS of more than was agreed on: where the peer is no kernel of this machine.
+
+        A filesystem need not fear then that a size is made up: it is what an answer may take in memory.
+        """
+        for code in (abi.FUSE_READ, abi.FUSE_READDIR, abi.FUSE_READDIRPLUS):
+            row = self._rows[code]
+            if row is not None:
+                self._rows[code] = (row[0], sized, *row[2:])
+
     def _refuse(self, opcode: int, unique: int) -> Reply:
         if opcode >= OPCODE_LIMIT:
             return [_OUT(16, -errno.ENOSYS, unique)]
-        if opcode in _NO_REPLY:
+        if opcode in NO_REPLY:
             return None
         if opcode == abi.FUSE_STATFS:
             data = codec.encode_statfs(Statfs())
@@ -366,9 +420,10 @@ class Session:
 
     def _give_up(self, pending: Pending) -> None:
         # Guarded here: an exception that reached `handle` from `_defer` would make a second answer.
-        if pending.interrupt is not None:
+        interrupt = pending.interrupt  # once: it goes when the answer comes
+        if interrupt is not None:
             try:
-                pending.interrupt()
+                interrupt()
             except Exception as error:  # noqa: BLE001 - as in handle
                 self.log_once("interrupt failed", error)
 
@@ -402,6 +457,8 @@ class Session:
     def _init(
         self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
     ) -> bytes:
+        if self.ready and self.on_again is not None:
+            return bytes(self.on_again(request))
         # Short before 7.36; flags2 counts only with INIT_EXT.
         body = bytes(request[40:104]).ljust(64, b"\0")
         major, minor, readahead, flags, flags2 = _INIT_IN(body, 0)
@@ -625,8 +682,8 @@ class Session:
 _OWN_ARGUMENTS = frozenset({"init", "batch_forget", "notify_reply"})
 _OWN = frozenset({"init", "destroy", "interrupt", "batch_forget", "notify_reply"})
 
-# ENOSYS is the answer that ends INTERRUPT; all others of these are never answered.
-_NO_REPLY = frozenset(op.code for op in TABLE if op.reply == "" and op.name != "interrupt")
+# Requests that are never answered. INTERRUPT is only without a handler: ENOSYS ends it.
+NO_REPLY = frozenset(op.code for op in TABLE if op.reply == "" and op.name != "interrupt")
 _NO_OPEN_FLAG = {abi.FUSE_OPEN: abi.FUSE_NO_OPEN_SUPPORT, abi.FUSE_OPENDIR: abi.FUSE_NO_OPENDIR_SUPPORT}
 _INIT_IN = layout("fuse_init_in").unpack_from
 _INIT_OUT = layout("fuse_init_out").pack

@@ -39,7 +39,7 @@ def open_source(source: str, options: SourceOptions) -> Operations:
     """
     try:
         if os.path.isdir(source):
-            return _open_directory(os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), source, options)
+            return open_directory(os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), source, options)
         fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.filename is None:
@@ -59,7 +59,8 @@ def open_source(source: str, options: SourceOptions) -> Operations:
         raise
 
 
-def _open_directory(fd: int, source: str, options: SourceOptions) -> Operations:
+def open_directory(fd: int, source: str, options: SourceOptions) -> Operations:
+    """Serve a directory whose O_PATH descriptor is given, and taken over. Raises OSError that names the source."""
     from fusewire.fs.passthrough import Config, Passthrough
 
     try:

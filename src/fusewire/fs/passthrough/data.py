@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.passthrough.attributes import Attributes
 from fusewire.fs.passthrough.backing import Backing
@@ -32,6 +32,8 @@ _LITTLE = 32 << 10  # bytes; a smaller write is over before another worker would
 
 class Data(Locks, Backing, Names, Attributes):
     """The operations on open files."""
+
+    gathers = True
 
     def _flags(self, flags: int) -> int:
         """Give the flags to open the host's file with."""
@@ -175,18 +177,19 @@ class Data(Locks, Backing, Names, Attributes):
             raise OSError(errno.EINVAL, "no file has such an offset", offset)
         return FileRange(fd.number, offset, size, fd)
 
-    def write(
-        self, nodeid: int, fh: int, offset: int, data: memoryview, write_flags: int, lock_owner: int, flags: int
-    ) -> int:
+    def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
         handle = self.handles.get(fh)
         fd = handle.fd
-        if len(data) > _LITTLE and self._may_block is not None:
+        pieces = data if type(data) is list else None
+        if self._may_block is not None and (pieces is not None or len(data) > _LITTLE):
             self._may_block(False)
         if self.watching:
             self._changing(handle.node.parent, handle.node.name)
         try:
             if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
-                count = os.pwritev(fd.number, [data], offset, _APPEND_ONCE)
+                count = os.pwritev(fd.number, pieces or [data], offset, _APPEND_ONCE)
+            elif pieces is not None:
+                count = os.pwritev(fd.number, pieces, offset)
             else:
                 count = os.pwrite(fd.number, data, offset)
         except OverflowError:

@@ -134,6 +134,7 @@ class Waiters:
             waiting, self._waiting = self._waiting, []
             self._changed.notify()
         for waiter in waiting:
+            waiter.attempt = _settled
             waiter.pending.fail(OSError(errno.ENOTCONN, "the filesystem has ended"))
 
 

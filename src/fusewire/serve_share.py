@@ -1,0 +1,183 @@
+"""Runs a vhost-user-fs device on a listening socket: one front end after the other.
+
+Layer `serve`. It joins a session, the virtio-fs transport and the vhost-user state machine; it makes no socket, no
+sandbox and no decision about processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from fusewire.trace import trace_to_stderr
+from fusewire.transport.exchange import Exchange
+from fusewire.transport.vhost import HEADER_SIZE, Device, Ending
+from fusewire.transport.virtiofs import Share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fusewire.ops import Operations
+    from fusewire.session import Log
+
+# SCM_MAX_FD of the kernel: no message carries more.
+_MOST_FDS = 253
+_CREDENTIALS = struct.Struct("iII")
+
+
+class ShareServer:
+    """Serves a filesystem to virtual machines over `listening`, a Unix socket that stays the caller's."""
+
+    def __init__(
+        self,
+        make_operations: Callable[[], Operations],
+        listening: socket.socket,
+        *,
+        queues: int,
+        tag: bytes = b"",
+        threads: int = 0,
+        once: bool = False,
+        log: Log | None = None,
+        debug: bool = False,
+    ) -> None:
+        """Serve what `make_operations` gives, a fresh one for each guest's start.
+
+        queues: request queues, the high-priority one not counted. threads: workers of each of them; 0: two, of which
+        the second one is only there for when the first is busy with something slow. once: end with the first client.
+        """
+        self._make = make_operations
+        self._listening = listening
+        self._queues = queues + 1
+        self._tag = tag
+        self._workers = max(2, threads)
+        self._once = once
+        self._log = log
+        self._debug = debug
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.requests = 0
+
+    def stop(self) -> None:
+        """End `serve`, from any thread or a signal handler."""
+        os.eventfd_write(self._stop, 1)
+
+    def serve(self) -> int:
+        """Serve front ends in turn until `stop`, or with `once` until the first one has gone; give the exit status."""
+        try:
+            while True:
+                client = self._accept()
+                if client is None:
+                    return 0
+                with client:
+                    ended = self._serve_client(client)
+                if ended or self._once:
+                    return 0
+        finally:
+            os.close(self._stop)
+
+    def _wait(self, source: socket.socket) -> bool:
+        """Wait until there is something to be read or accepted; False when we are to stop."""
+        poll = select.poll()
+        poll.register(source, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        ready = dict(poll.poll())
+        return self._stop not in ready
+
+    def _accept(self) -> socket.socket | None:
+        while self._wait(self._listening):
+            try:
+                client, _ = self._listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                continue
+            client.setblocking(False)
+            return client
+        return None
+
+    def say(self, message: str) -> None:
+        """Report what a person may have to know."""
+        if self._log is not None:
+            self._log(message, None)
+
+    def _serve_client(self, client: socket.socket) -> bool:
+        """Serve one front end until it goes; True when we are to stop."""
+        exchange = Exchange(self._make, log=self._log, trace=trace_to_stderr if self._debug else None)
+        share = Share(exchange, queues=self._queues, workers=self._workers, log=self.say)
+        device = Device(share, queues=self._queues, tag=self._tag, log=self.say)
+        try:
+            while True:
+                message = self._receive(client, device)
+                if message is None:
+                    return not self._wait_now()
+                reply = device.receive(*message)
+                if reply is not None and not self._send(client, reply, device.reply_fds):
+                    return not self._wait_now()
+        except Ending as error:
+            self.say(f"the front end was let go: {error}")
+            return False
+        finally:
+            device.disconnect()
+            self.requests += share.requests
+            share.close()
+
+    def _wait_now(self) -> bool:
+        """False when we are to stop."""
+        return not select.select([self._stop], [], [], 0)[0]
+
+    def _receive(self, client: socket.socket, device: Device) -> tuple[bytes, bytes, list[int]] | None:
+        """Give the next message with its descriptors; None at the end, or when we are to stop. Raises Ending."""
+        fds: list[int] = []
+        try:
+            header = self._read(client, HEADER_SIZE, fds)
+            if header is None:
+                return None
+            payload = self._read(client, device.expect(header), fds)
+            if payload is None:
+                return None
+            found, fds = fds, []
+            return header, payload, found
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _read(self, client: socket.socket, size: int, fds: list[int]) -> bytes | None:
+        data = b""
+        while len(data) < size:
+            if not self._wait(client):
+                return None
+            try:
+                part, new, flags, _ = socket.recv_fds(client, size - len(data), _MOST_FDS)
+            except (BlockingIOError, InterruptedError):
+                continue
+            except OSError as error:
+                if error.errno in (errno.ECONNRESET, errno.EPIPE):
+                    return None
+                raise
+            fds += new
+            for fd in new:
+                os.set_inheritable(fd, False)
+            if not part:
+                return None
+            if flags & socket.MSG_CTRUNC:
+                raise Ending("a message with more descriptors than we may have open (`ulimit -n`)")
+            data += part
+        return data
+
+    def _send(self, client: socket.socket, reply: bytes, fds: list[int]) -> bool:
+        """Send a reply; False if the front end is gone, or does not take it in ten seconds."""
+        rest = memoryview(reply)
+        poll = select.poll()
+        poll.register(client, select.POLLOUT)
+        while rest:
+            if not poll.poll(10_000):
+                return False
+            try:
+                sent = socket.send_fds(client, [rest], fds)
+            except (BlockingIOError, InterruptedError):
+                continue
+            except OSError:
+                return False
+            rest, fds = rest[sent:], []
+        return True
