@@ -30,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and give the exit status."""
     _hold_stdio()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["share"]:  # has virtiofsd's command line, which is not argparse's
+        from fusewire.cli.share import main as share
+
+        return share(argv[1:])
     command: list[str] = []
     if "--" in argv:
         cut = argv.index("--")
@@ -132,6 +136,10 @@ def _parser() -> _Parser:
     )
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground; Ctrl-C unmounts")
     mount.add_argument("--json", action="store_true", help="print what was mounted, for a program")
+
+    commands.add_parser(
+        "share", help="share an image or a directory with a virtual machine (virtio-fs)", add_help=False
+    )
 
     umount = add("umount", _umount, "unmount, and put back what was at the target", None)
     umount.add_argument("targets", nargs="*", metavar="TARGET")

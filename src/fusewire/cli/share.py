@@ -1,0 +1,469 @@
+"""`fusewire share SOURCE --socket-path SOCKET`: serve an image or a directory to a virtual machine over virtio-fs.
+
+Layer `cli`. From a parsed command line to a `ShareServer` that listens: the source, the socket and its lock, the limit
+of descriptors, signals, messages, the background. What virtiofsd's own command line differs in is in `virtiofsd`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from fusewire.cli import share_options
+from fusewire.cli.options import OptionError
+from fusewire.cli.share_options import LEVELS, SHARE, VIRTIOFSD, ShareOptions
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    from fusewire.linux.listening import Listening, PidFile
+    from fusewire.ops import Operations
+    from fusewire.serve_share import ShareServer
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+_MOST_DESCRIPTORS = 1_000_000
+_GRACE = 0.5  # seconds
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# What there is of each kind of confinement; a command line may ask for more.
+_SANDBOXES = frozenset({"none"})
+_SECCOMP = frozenset({"none"})
+
+
+def main(arguments: list[str], program: str = SHARE) -> int:
+    """Run the command line behind the program's name, and give the exit status."""
+    name = "fusewire" if program == SHARE else program
+    if not arguments:
+        print(share_options.describe(program), file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        options = share_options.parse(arguments, program)
+        lacking = _lacking(options)
+    except OptionError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        if options.action:
+            print(_ACTIONS[options.action](options), flush=True)
+            return 0
+        for typed, reason in options.ignored:
+            print(f"{name}: `{typed}` has no effect: {reason}", file=sys.stderr)
+        if lacking:
+            verb = "is" if len(lacking) == 1 else "are"
+            print(
+                f"{name}: warning: not confined: {', '.join(lacking)} {verb} not there in this version; "
+                "`--sandbox none` says that it is meant so",
+                file=sys.stderr,
+            )
+        return _in_background(options, name) if options.daemonize else _serve(options, name, None)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        from fusewire.cli.run import explain
+
+        print(f"{name}: {explain(error)}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _lacking(options: ShareOptions) -> list[str]:
+    """The confinement that is wanted and cannot be had.
+
+    virtiofsd's callers ask for it as a matter of course, also by saying nothing: they are told. Whoever asks `share`
+    for it by name is refused, as an OptionError.
+    """
+    wanted = [
+        ("sandbox", f"--sandbox {options.sandbox}", options.sandbox in _SANDBOXES),
+        ("seccomp", f"--seccomp {options.seccomp}", options.seccomp in _SECCOMP),
+        ("modcaps", "--modcaps", not options.modcaps),
+        ("uid_map", "--uid-map", not options.uid_map),
+        ("gid_map", "--gid-map", not options.gid_map),
+    ]
+    lacking = [(key, text) for key, text, there in wanted if not there]
+    if options.program == VIRTIOFSD:
+        if "sandbox" in options.said and options.sandbox == "none":  # what is not said either is meant so too
+            lacking = [(key, text) for key, text in lacking if key in options.said]
+        return [text for _, text in lacking]
+    for _, text in lacking:
+        raise OptionError(
+            text, "is not there in this version: the share is confined by its own checks only; leave it out"
+        )
+    return []
+
+
+# What is printed instead of sharing
+
+
+def _capabilities(options: ShareOptions) -> str:
+    """The output of --print-capabilities, vhost-user.json of QEMU.
+
+    `separate-options` is left out although it would be true: libvirt takes it for the sign of the virtiofsd that
+    cannot forward locks and refuses <lock> in a domain, while with `-o`, which we understand too, everything works.
+    """
+    return '{\n  "type": "fs",\n  "features": []\n}'
+
+
+def _version(options: ShareOptions) -> str:
+    import fusewire
+
+    return f"{'fusewire' if options.program == SHARE else options.program} {fusewire.__version__}"
+
+
+def _qemu(options: ShareOptions) -> str:
+    r"""QEMU's arguments, a line of a shell command each; as JSON they are one list. Remarks go to standard error.
+
+    The guest's memory has to be shared with the daemon. A guest makes no request of more pages than the queue has
+    entries, less four (virtio_fs_get_tree): QEMU's default of 128 would cut the largest ones, of 256, in half.
+    """
+    tag = os.fsdecode(options.tag or b"fusewire").replace(",", ",,")
+    path = os.path.abspath(options.socket_path).replace(",", ",,")
+    chardev = f"fusewire-{_identifier(tag)}"
+    words = [
+        ("-chardev", f"socket,id={chardev},path={path}"),
+        (
+            "-device",
+            f"vhost-user-fs-pci,chardev={chardev},tag={tag},queue-size=1024,num-request-queues={options.queues}",
+        ),
+        ("-m", "2G"),
+        ("-object", "memory-backend-memfd,id=fusewire-memory,size=2G,share=on"),
+        ("-machine", "memory-backend=fusewire-memory"),
+    ]
+    if options.as_json:
+        import json
+
+        return json.dumps([word for pair in words for word in pair])
+    import shlex
+
+    name = shlex.quote(tag.replace(",,", ","))
+    print(
+        "# 2G is the guest's memory, the same in both places; the last three lines are said once for all its shares.\n"
+        f"# In the guest: mount -t virtiofs {name} /mnt",
+        file=sys.stderr,
+    )
+    return " \\\n".join(f"  {flag} {shlex.quote(value)}" for flag, value in words)
+
+
+def _identifier(tag: str) -> str:
+    """The tag as a part of an id, for which QEMU takes letters, digits and -._ only."""
+    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-" for letter in tag)
+
+
+def _help(options: ShareOptions) -> str:
+    return share_options.describe(options.program)
+
+
+_ACTIONS: dict[str, Callable[[ShareOptions], str]] = {
+    "help": _help,
+    "version": _version,
+    "capabilities": _capabilities,
+    "qemu": _qemu,
+}
+
+
+# Messages
+
+
+class Messages:
+    """Where messages go: to standard error or to syslog, from a level on. Called by the server, from any thread."""
+
+    def __init__(self, name: str, level: str, *, syslog: bool) -> None:
+        """`level` is one of LEVELS."""
+        self.name = name
+        self.level = LEVELS.index(level)
+        self._syslog = syslog
+        if syslog:
+            import syslog as system
+
+            system.openlog(name, system.LOG_PID, system.LOG_DAEMON)
+
+    def __call__(self, message: str, error: BaseException | None = None) -> None:
+        """Take what a session reports: a fault, with the exception that showed it if there is one."""
+        if error is not None and self.level >= LEVELS.index("error"):
+            import traceback
+
+            message = f"{message}\n{''.join(traceback.format_exception(error))}".rstrip()
+        self.say("error" if error is not None else "warn", message)
+
+    def say(self, level: str, message: str) -> None:
+        """Write a message, if its level is one of those that are wanted."""
+        if LEVELS.index(level) > self.level:
+            return
+        if not self._syslog:
+            try:
+                os.write(2, os.fsencode(f"{self.name}: {message}\n"))
+            except OSError:
+                pass  # whoever read them has gone: no reason to stop serving
+            return
+        import syslog as system
+
+        priorities = {"error": system.LOG_ERR, "warn": system.LOG_WARNING, "info": system.LOG_INFO}
+        for line in message.splitlines():
+            system.syslog(priorities.get(level, system.LOG_DEBUG), line)
+
+
+# The filesystem
+
+
+class FilesystemFactory:
+    """Makes the filesystem anew for every guest: handles and lookups of the one before are not the next one's.
+
+    A directory is held open, so that it stays the one that was checked, whatever its path leads to later. An image is
+    opened by its path each time: a new one that was put in its place is what the next guest gets.
+    """
+
+    def __init__(self, options: ShareOptions) -> None:
+        """Open the source, and make the first filesystem at once: what is wrong with it is to be said now."""
+        self._source = os.path.abspath(options.source)
+        self._mount = options.mount
+        self._directory = -1
+        self._first: Operations | None = None
+        try:
+            if os.path.isdir(self._source):
+                self._directory = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._first = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(self) -> Operations:
+        """Give a filesystem; its user ends it by `destroy`."""
+        first, self._first = self._first, None
+        return self._open() if first is None else first
+
+    def _open(self) -> Operations:
+        from fusewire.fs import sources
+
+        if self._directory < 0:
+            return sources.open_source(self._source, self._mount)
+        return sources.open_directory(os.dup(self._directory), self._source, self._mount)
+
+    def close(self) -> None:
+        """Let go of the source. Filesystems that were given out live on."""
+        first, self._first = self._first, None
+        if first is not None:
+            first.destroy()
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+
+
+def make_filesystem_factory(options: ShareOptions) -> FilesystemFactory:
+    """Give what makes the filesystem of these options; it can be called again, for a reboot or the next client.
+
+    Raises OSError that names the source.
+    """
+    return FilesystemFactory(options)
+
+
+# Serving
+
+
+class _Ending:
+    """The handler of the signals that end us. Until there is a server it remembers them."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._server: ShareServer | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        if self._server is not None:
+            self._server.stop()
+
+    def watch(self, server: ShareServer) -> None:
+        """From now on it is this server that is to stop."""
+        self._server = server
+        if self.seen:
+            server.stop()
+
+
+def _serve(options: ShareOptions, name: str, tell: int | None) -> int:
+    """Share until we are told to end; `tell` is the pipe to the process that waits for us to listen."""
+    messages = Messages(name, options.log_level, syslog=options.syslog)
+    _limit_descriptors(options.rlimit_nofile, messages)
+    # A source may hang as long as it likes: until we listen, an interrupt ends us, for nothing has been made yet.
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if callable(on_interrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    factory = make_filesystem_factory(options)
+    listening: Listening | None = None
+    pid_file: PidFile | None = None
+    try:
+        ending = _Ending()
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, ending)
+        listening = _listen(options)
+        if options.pid_file and os.path.abspath(options.pid_file) != f"{listening.path}.pid":  # which there is already
+            from fusewire.linux.listening import PidFile
+
+            pid_file = PidFile(os.path.abspath(options.pid_file))
+        server = _make_server(options, factory, listening, messages)
+        ending.watch(server)
+        _ready(options, messages, tell)
+        return server.serve()
+    finally:
+        if pid_file is not None:
+            pid_file.close()
+        if listening is not None:
+            listening.close()
+        factory.close()
+
+
+def _listen(options: ShareOptions) -> Listening:
+    from fusewire.linux import listening
+
+    if options.fd >= 0:
+        return listening.adopt(options.fd)
+    path = os.path.abspath(options.socket_path)  # where it is said from, not where a daemon works
+    return listening.listen(path, mode=options.socket_mode, group=options.socket_group)
+
+
+def _make_server(
+    options: ShareOptions, factory: FilesystemFactory, listening: Listening, messages: Messages
+) -> ShareServer:
+    from fusewire.cli.serving import tune_process
+    from fusewire.serve_share import ShareServer
+
+    server = ShareServer(
+        factory,
+        listening.socket,
+        queues=options.queues,
+        tag=options.tag,
+        threads=options.threads,
+        once=options.once,
+        log=messages,
+        debug=options.debug,
+    )
+    tune_process()
+    return server
+
+
+def _ready(options: ShareOptions, messages: Messages, tell: int | None) -> None:
+    """Say that the socket listens; a daemon leaves its caller's terminal then."""
+    where = f"descriptor {options.fd}" if options.fd >= 0 else os.path.abspath(options.socket_path)
+    source = os.path.abspath(options.source)
+    report = ""
+    if options.as_json:
+        import json
+
+        found = {"source": source, "socket": None if options.fd >= 0 else where, "pid": os.getpid()}
+        report = json.dumps(found | {"tag": os.fsdecode(options.tag) or None, "queues": options.queues}) + "\n"
+    if tell is None:
+        sys.stdout.write(report)
+        sys.stdout.flush()
+    else:
+        from fusewire.linux import process
+
+        os.write(tell, b"R" + os.fsencode(report))  # EPIPE if nobody waits any more: then it is not wanted
+        os.close(tell)
+        process.detach_from_terminal()
+    messages.say("info", f"{source} is shared at {where}")
+
+
+def _limit_descriptors(wanted: int | None, messages: Messages) -> None:
+    """Set how many descriptors may be open, RLIMIT_NOFILE.
+
+    By default no fewer than there may be now, and as many as it takes for a million; 0 leaves it all as it is.
+    """
+    import resource
+
+    if wanted == 0:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = wanted or _most_descriptors()
+    if wanted is None and (soft == resource.RLIM_INFINITY or soft >= target):
+        return
+    highest = target if wanted or (hard != resource.RLIM_INFINITY and hard < target) else hard
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, highest))
+    except (OSError, ValueError):
+        if wanted:
+            messages.say("warn", f"--rlimit-nofile={wanted} is not allowed: {hard} it is (`ulimit -Hn`)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _most_descriptors() -> int:
+    try:
+        with open("/proc/sys/fs/nr_open", "rb") as file:
+            return min(_MOST_DESCRIPTORS, int(file.read()))
+    except (OSError, ValueError):
+        return _MOST_DESCRIPTORS
+
+
+# The background
+
+
+def _in_background(options: ShareOptions, name: str) -> int:
+    """Start the daemon and wait until it listens. Gives the exit status of the process that was started."""
+    from fusewire.cli import supervise
+    from fusewire.cli.run import describe, explain
+    from fusewire.linux import process
+
+    told, tell = os.pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.ENDING)
+    sys.stdout.flush()
+    daemon = os.fork()
+    if daemon == 0:
+        os.close(told)
+        code = EXIT_FAILED
+        try:
+            # Whatever else the caller has open (a lock, a pipe that somebody reads) must not live as long as a share.
+            process.close_inherited_fds({0, 1, 2, tell, *_named_fds(options)})
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            code = _serve(options, name, tell)
+        except OSError as error:
+            _answer(tell, explain(error))
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        except BaseException:  # noqa: BLE001 - the child's last stop
+            import traceback
+
+            _answer(tell, traceback.format_exc())
+        finally:
+            os._exit(code)
+    os.close(tell)
+    answer, ended_by = supervise.read_unless_ended(told)
+    os.close(told)
+    if answer.startswith(b"R"):
+        sys.stdout.write(os.fsdecode(answer[1:]))
+        return 0
+    if ended_by := ended_by or supervise.pending():
+        _give_up(daemon)
+        return supervise.leave(ended_by)
+    _, status = os.waitpid(daemon, 0)
+    text = os.fsdecode(answer[1:]) or f"the daemon died before its socket listened ({describe(status)})"
+    print(f"{name}: {text}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _named_fds(options: ShareOptions) -> list[int]:
+    """The descriptors that the command line names, by number or as /dev/fd/N."""
+    directory, _, number = options.source.rpartition("/")
+    named = directory in ("/dev/fd", "/proc/self/fd") and number.isdecimal()
+    return [fd for fd in (options.fd, int(number) if named else -1) if fd >= 0]
+
+
+def _give_up(daemon: int) -> None:
+    """End a daemon that does not listen yet: it may hang, in a source that somebody has lost patience with."""
+    from fusewire.linux import process
+
+    held = process.hold(daemon, process.start_time(daemon) or 0)
+    if held is not None:
+        with held:
+            held.kill(signal.SIGTERM)
+            if not held.wait(_GRACE):
+                held.kill(signal.SIGKILL)  # what it leaves is stale, and cleared away by the next one
+
+
+def _answer(tell: int, text: str) -> None:
+    try:
+        os.write(tell, b"E" + os.fsencode(text))
+    except OSError:
+        pass  # it has been told already, and the pipe is closed
