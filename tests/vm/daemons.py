@@ -1,0 +1,85 @@
+"""Daemons for guests: any that takes `--fd`, as virtiofsd does, on a socket that listens already.
+
+    with Daemon(["virtiofsd", "--fd={fd}", "-o", "source=/srv"]) as daemon, Guest([Share(daemon.path)]) as guest:
+
+The socket is made here and handed on, so nobody has to wait until the daemon has made its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+PATIENCE = 10.0  # seconds until a daemon that was asked to end is killed
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+
+
+class Daemon:
+    """A process that serves one socket, `path`. `{fd}` in its words becomes the number of the listening descriptor.
+
+    It ends with the thread that started it. What it says is kept in a file for `said`.
+    """
+
+    def __init__(self, words: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="fusewire-vm-", dir="/tmp"))  # the path of a socket is short
+        self._directory.chmod(0o755)
+        self.path = self._directory / "socket"
+        with socket.socket(socket.AF_UNIX) as listener, (self._directory / "said").open("wb") as said:
+            listener.bind(str(self.path))
+            self.path.chmod(0o666)
+            listener.listen()
+            fd = listener.fileno()
+            self.process = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "--", *[os.fspath(word).replace("{fd}", str(fd)) for word in words]],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=[fd],
+                env=None if env is None else {**os.environ, **env},
+            )
+
+    def said(self) -> str:
+        """What it has written on standard output and standard error."""
+        return (self._directory / "said").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> int:
+        """End it as a service manager does and remove everything; gives its exit status."""
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+                try:
+                    self.process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    self.kill()
+            return self.process.wait()
+        finally:
+            shutil.rmtree(self._directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def virtiofsd_missing() -> str:
+    """What this machine lacks for `virtiofsd`; "" if nothing."""
+    if not os.path.exists(VIRTIOFSD):
+        return f"{VIRTIOFSD} is missing (Debian 12: package qemu-system-common)"
+    return "" if os.geteuid() == 0 else "virtiofsd has to be started by root"
+
+
+def virtiofsd(directory: Path, *options: str) -> Daemon:
+    """QEMU's own daemon, to compare with: the C one, that QEMU had before 8.0. `options`: of its -o."""
+    return Daemon([VIRTIOFSD, "--fd={fd}", "-o", ",".join([f"source={directory}", "sandbox=chroot", *options])])
