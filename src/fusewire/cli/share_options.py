@@ -59,7 +59,6 @@ class ShareOptions:
         "mount",
         "once",
         "pid_file",
-        "preserve_noatime",
         "program",
         "queues",
         "rlimit_nofile",
@@ -101,7 +100,6 @@ class ShareOptions:
         self.modcaps: tuple[tuple[str, bool], ...] = ()
         self.uid_map: tuple[tuple[int, int, int], ...] = ()
         self.gid_map: tuple[tuple[int, int, int], ...] = ()
-        self.preserve_noatime = not like_virtiofsd
         self.mount = MountOptions()
         self.said: frozenset[str] = frozenset()
         self.ignored: tuple[tuple[str, str], ...] = ()
@@ -126,6 +124,7 @@ _VIRTIOFSD_DIRECTORY: dict[str, str | bool] = {
     "killpriv_v2": False,
     "allow_direct_io": False,
     "allow_mmap": False,
+    "preserve_noatime": False,
     "inode_file_handles": "prefer",
 }
 
@@ -276,8 +275,9 @@ def _settle(given: list[_Given], program: str) -> ShareOptions:
         if row.note:
             result.ignored = (*result.ignored, (one.typed, row.note))
         _apply(result, key, values[key])
-    # The guest's file is not a file of this kernel's: nothing could be passed through.
+    # The guest's file is not a file of this kernel's, and its processes are not this machine's.
     result.directory["passthrough"] = "off"
+    result.directory["remote"] = True
     result.said = frozenset(values)
     result.mount.given = [one.typed for one in given]
     _imply(result, values, typed)

@@ -290,9 +290,7 @@ GROUPS = (
     ("the process", _PROCESS),
     ("instead of sharing", _ACTIONS),
 )
-DIRECTORY_KEYS = frozenset(
-    {row.key for row in (*_CACHING, *_FILES)} - {"timeout", "preserve_noatime"} | {"announce_submounts"}
-)
+DIRECTORY_KEYS = frozenset({row.key for row in (*_CACHING, *_FILES)} - {"timeout"} | {"announce_submounts"})
 
 
 def rows_of(program: str) -> Iterator[Row]:

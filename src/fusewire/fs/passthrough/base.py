@@ -18,7 +18,7 @@ from fusewire.fs.passthrough.nodes import Fd, Node, Nodes, status_of
 from fusewire.fs.xattrmap import XattrMap
 from fusewire.inodes import HandleTable
 from fusewire.linux import caller as credentials
-from fusewire.linux import files
+from fusewire.linux import files, syscalls
 from fusewire.ops import Operations
 from fusewire.wire import abi
 from fusewire.wire.codec import timeout
@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from fusewire.fs.passthrough.nodes import Status
     from fusewire.ops import Caller, Connection
 
+# Flags of open(2) that say how an open file behaves, and have been checked by the client's kernel.
+KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NONBLOCK | os.O_NOATIME
 S_IFMT, S_IFDIR, S_IFREG, S_IFLNK = 0o170000, 0o040000, 0o100000, 0o120000
+
+# What the thread of a server loses when it takes on another user, setfsuid(2); and the one that it may need there.
+_OVER_FILES = sum(1 << number for number in (0, 1, 2, 3, 4, 9, 27, 32))
+_OVERRIDE = 1 << syscalls.CAP_DAC_OVERRIDE
 
 # fuse_attr of a file's status: numbers that are only passed on stay the bytes that they are.
 ATTR = "Q16s8s8s8s4s4s4sI12sI4sI"
@@ -99,8 +105,12 @@ class Base(Operations):
         self._gids: IdMap | None = parse_translations(config.translate_gid) if config.translate_gid else None
         self._xattrs = XattrMap.parse(config.xattrmap) if config.xattrmap else None
         self._switch = credentials.can_switch() if config.switch_ids is None else config.switch_ids
+        self._kept_flags = KEPT if config.preserve_noatime else KEPT & ~os.O_NOATIME
         self._own_uid, self._own_gid = os.geteuid(), os.getegid()
         self._trusted = credentials.may_administer()
+        self._override: Callable[[], None] | None = None
+        if config.remote and self._switch and os.geteuid() == 0 and files.effective_capabilities() & _OVERRIDE:
+            self._override = files.capability_setter(files.effective_capabilities() & ~_OVER_FILES | _OVERRIDE)
         # What may fail comes before this: from here on `source` is ours.
         by_handle = self._choose_handles(source)
         self.nodes = Nodes(source, budget=config.fd_budget or _budget(), handles=by_handle, proc=config.proc)
@@ -276,6 +286,8 @@ class Base(Operations):
         extensions = caller.extensions
         if extensions is not None and self.flags & abi.FUSE_CREATE_SUPP_GROUP:
             groups = tuple(extensions.groups)
+        elif self.config.remote:
+            return ()
         else:
             groups = credentials.groups_of(caller.pid)
         if self._gids is not None:
@@ -299,6 +311,9 @@ class Base(Operations):
             return None
         person = credentials.AsCaller()
         person.enter(uid, gid, self._groups(caller))
+        if self._override is not None and not self.flags & abi.FUSE_CREATE_SUPP_GROUP:
+            # A client that cannot say which groups the caller is in has checked by them that he may do this.
+            self._override()
         return person
 
 

@@ -59,8 +59,10 @@ class Config:
         "passthrough",
         "posix_acl",
         "posix_lock",
+        "preserve_noatime",
         "proc",
         "readdirplus",
+        "remote",
         "security_label",
         "switch_ids",
         "translate_gid",
@@ -97,6 +99,8 @@ class Config:
         switch_ids: bool | None = None,
         passthrough: bool = False,
         watch: bool = False,
+        preserve_noatime: bool = True,
+        remote: bool = False,
         fd_budget: int | None = None,
         proc: bytes = b"/proc/self/fd/",
     ) -> None:
@@ -104,7 +108,8 @@ class Config:
 
         posix_lock, flock: locks are taken on the host, where its own processes see them; else the kernel keeps them
         among the users of this mount. switch_ids: make files as the caller (None: if the server may). fd_budget: how
-        many descriptors may be open (None: what RLIMIT_NOFILE leaves). proc: prefix of this process's descriptors as
+        many descriptors may be open (None: what RLIMIT_NOFILE leaves). remote: callers are processes of another
+        machine, whose process ids mean nothing here. proc: prefix of this process's descriptors as
         paths, for a server whose /proc is not in its place.
         """
         if cache not in MODES:
@@ -138,5 +143,7 @@ class Config:
         self.switch_ids = switch_ids
         self.passthrough = passthrough
         self.watch = watch
+        self.preserve_noatime = preserve_noatime
+        self.remote = remote
         self.fd_budget = fd_budget
         self.proc = proc

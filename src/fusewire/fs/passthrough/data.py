@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fusewire.fs.passthrough.nodes import Node, Status
     from fusewire.ops import Caller
 
-# Flags of open(2) that say how an open file behaves, and have been checked by the client's kernel.
-_KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NONBLOCK | os.O_NOATIME
 _APPEND_ONCE = 0x10  # RWF_APPEND
 _LITTLE = 32 << 10  # bytes; a smaller write is over before another worker would be at work
 
@@ -40,7 +38,7 @@ class Data(Locks, Backing, Names, Attributes):
         # O_DIRECT ends at the client's kernel, which keeps nothing then (FOPEN_DIRECT_IO): the host would refuse
         # (EINVAL) the memory that requests come in and answers go out of: it is not aligned as a disk wants it.
         # With O_APPEND pwrite(2) would ignore the offset; each write says by itself whether it appends.
-        flags &= _KEPT
+        flags &= self._kept_flags
         if self.flags & abi.FUSE_WRITEBACK_CACHE and flags & os.O_ACCMODE == os.O_WRONLY:
             # The kernel reads what it is to complete before it writes.
             flags = flags & ~os.O_ACCMODE | os.O_RDWR
