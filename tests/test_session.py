@@ -574,9 +574,9 @@ def test_link_target_of_a_page_is_too_long():
 
 
 @pytest.mark.parametrize(
-    "result", [None, 2, (), (2, DIRECTORY), (2, DIRECTORY[:15], 1, 1, 0), (-1, DIRECTORY, 1, 1, 0), b"", bytes(127)]
+    "result", [2, (), (2, DIRECTORY), (2, DIRECTORY[:15], 1, 1, 0), (-1, DIRECTORY, 1, 1, 0), b"", bytes(127)]
 )
-def test_entry_that_is_none_is_answered_eio(result):
+def test_what_is_no_entry_is_answered_eio(result):
     session = Session(filesystem(lookup=lambda *arguments: result), log=lambda message, error: None)
     fails(errno.EIO, FakeKernel(session).lookup, 1, b"f")
 
@@ -945,3 +945,21 @@ def test_every_interrupt_is_heard_whichever_comes_first():
         interrupting.start()
         fails(errno.EINTR, kernel.finish, kernel.start(abi.FUSE_READ, 2, read_body(), unique=unique))
         interrupting.join()
+
+
+def test_a_lookup_that_gives_none_is_answered_enoent() -> None:
+    class Empty(Operations):
+        def lookup(self, caller, parent, name):
+            return None
+
+    class Later(Operations):
+        def lookup(self, caller, parent, name):
+            pending = Pending()
+            pending.complete(None)
+            return pending
+
+    for filesystem in (Empty(), Later()):
+        kernel = FakeKernel(Session(filesystem))
+        kernel.init()
+        with pytest.raises(FileNotFoundError):
+            kernel.lookup(1, b"nothing")

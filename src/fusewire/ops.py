@@ -268,8 +268,11 @@ class Operations:
 
     # Names
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes:
-        """Find `name` in directory `parent`; FileNotFoundError, or an Entry with nodeid 0 that is remembered."""
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes | None:
+        """Find `name` in directory `parent`; None (or FileNotFoundError, which takes longer) if there is none.
+
+        An Entry with nodeid 0 says so too, and is remembered for its time.
+        """
         _unsupported("lookup")
 
     def forget(self, nodeid: int, nlookup: int) -> None:

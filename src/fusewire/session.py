@@ -277,6 +277,8 @@ class Session:
                 if length > 296 or not name or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
                     check_name(name, terminated=not request[-1])
                 result = handler(_NEW(Caller, (uid, gid, pid, unique, None)), nodeid, name)
+                if result is None:
+                    return [_OUT(16, -errno.ENOENT, unique)]
             else:
                 result = adapter(
                     self, handler, _NEW(Caller, (uid, gid, pid, unique, None)), nodeid, request, row, extlen
@@ -434,6 +436,8 @@ class Session:
                 raise error
             if type(result) is FileRange:
                 raise OSError(EIO, "a late answer has to carry its data")
+            if result is None and op.code == abi.FUSE_LOOKUP:
+                return [_OUT(16, -errno.ENOENT, unique)]
             if check is not None:
                 return check(self, unique, result, head, op)  # type: ignore[no-any-return]
             data = encode(result)

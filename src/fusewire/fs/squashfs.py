@@ -98,11 +98,9 @@ class SquashFS(Operations):
 
     # Names and attributes
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> bytes:
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> bytes | None:
         found = self.image.lookup(self._directory(parent), name)
         if found is None:
-            if self._missing is None:
-                raise FileNotFoundError(errno.ENOENT, "no such file or directory", name)
             return self._missing
         nodeid = found[0] + 2
         valid = self._entry_valid

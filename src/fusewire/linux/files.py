@@ -244,6 +244,16 @@ def status(directory: int, name: bytes, flags: int) -> tuple[Any, ...]:
     return _status_unpack(buffer)
 
 
+def status_if_any(directory: int, name: bytes, flags: int) -> tuple[Any, ...] | None:
+    """As status(); None if there is no such name, which is no error to who only looks."""
+    buffer = _Statx()
+    if _statx(directory, name, flags, _STATUS, buffer):
+        if ctypes.get_errno() == errno.ENOENT:
+            return None
+        _fail("statx", name)
+    return _status_unpack(buffer)
+
+
 def openat2(directory: int, name: bytes, flags: int, mode: int, resolve: int) -> int:
     """Open under the rules RESOLVE_*: openat2(2), Linux 5.6. O_CLOEXEC is not implied.
 

@@ -77,11 +77,6 @@ def device(rdev: int) -> int:
     return os.makedev(rdev >> 8 & 0xFFF, rdev & 0xFF | rdev >> 12 & 0xFFF00)
 
 
-def whole_seconds(seconds: float) -> float:
-    """Give an int for a whole number: the encoder has a shorter way for it."""
-    return int(seconds) if seconds == int(seconds) else seconds
-
-
 class Base(Operations):
     """The state of a served directory."""
 
@@ -100,7 +95,10 @@ class Base(Operations):
         self._entry_valid = _TIMEOUTS(0, entry, attr, entry_ns, attr_ns)
         self._attr_valid = _TIMEOUT(attr, attr_ns)
         self._attr_timeout = config.attr_timeout
-        self._negative_timeout = whole_seconds(config.negative_timeout)
+        # What is remembered of a name that is missing, if anything is.
+        seconds, nanoseconds = timeout(config.negative_timeout)
+        negative = _ENTRY_OUT(0, _TIMEOUTS(0, seconds, 0, nanoseconds, 0), 0, *[b""] * 7, 0, b"", 0, b"", 0)
+        self._missing = negative if config.negative_timeout else None
         self._uids: IdMap | None = parse_translations(config.translate_uid) if config.translate_uid else None
         self._gids: IdMap | None = parse_translations(config.translate_gid) if config.translate_gid else None
         self._xattrs = XattrMap.parse(config.xattrmap) if config.xattrmap else None

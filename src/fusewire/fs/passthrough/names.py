@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from fusewire.fs.passthrough.base import S_IFDIR, S_IFMT, device
 from fusewire.fs.passthrough.watch import Watch
 from fusewire.linux import files
-from fusewire.ops import Entry
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
@@ -23,13 +22,11 @@ if TYPE_CHECKING:
     from fusewire.fs.passthrough.nodes import Fd, Node
     from fusewire.ops import Caller
 
-_NO_ATTR = (0,) * 16
-
 
 class Names(Watch):
     """The operations on names."""
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes:
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> bytes | None:
         nodes = self.nodes
         above = nodes.get(parent)
         directory = above.fd or nodes.fd(above)
@@ -38,12 +35,9 @@ class Names(Watch):
         if not above.looked:
             above.looked_since = monotonic()
         above.looked += 1
-        try:
-            status = files.status(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
-        except FileNotFoundError:
-            if self._negative_timeout:
-                return Entry(0, _NO_ATTR, self._negative_timeout, 0)
-            raise
+        status = files.status_if_any(directory.number, name, files.AT_SYMLINK_NOFOLLOW)
+        if status is None:
+            return self._missing
         nodeid, node = nodes.enter(above, directory, name, status)
         return self._entry(nodeid, node, status)
 
