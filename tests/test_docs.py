@@ -23,14 +23,14 @@ import pytest
 import fusewire
 import rootless
 from fusewire import cli
-from fusewire.cli import options
+from fusewire.cli import options, share_options, share_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ROOT / "docs" / "commands.md"
 IMAGE = Path(fusewire.__file__).parent / "data" / "demo.sqsh"
 # Options of other programs that the pages speak of.
-FOREIGN = {"--device", "--cap-add", "--security-opt", "--unshare-pid", "--add-subuids", "--add-subgids"}
+FOREIGN = {"--device", "--cap-add", "--security-opt", "--unshare-pid", "--add-subuids", "--add-subgids", "--fetch"}
 
 
 class Block:
@@ -77,6 +77,16 @@ def long_options(parser: argparse.ArgumentParser) -> set[str]:
     return {word for action in parser._actions for word in action.option_strings if word.startswith("--")}
 
 
+def share_rows() -> list[share_table.Row]:
+    """The rows of `fusewire share`, which reads its own command line, but for those without effect."""
+    return [row for row in share_table.rows_of(share_table.SHARE) if not row.quiet]
+
+
+def share_words() -> set[str]:
+    """All spellings of its options, those of `-o` without a dash."""
+    return {word for row in share_table.rows_of(share_table.SHARE) for word in row.words}
+
+
 def section(page: Path, heading: str) -> str:
     """The text below a heading, up to the next one of its level or above."""
     level = heading.split(" ")[0]
@@ -94,6 +104,20 @@ def test_every_option_of_a_command_is_documented(command):
     text = section(COMMANDS, f"## fusewire {command}")
     missing = [word for word in long_options(parsers()[command]) if f"`{word}" not in text and f"[{word}]" not in text]
     assert sorted(set(missing) - {"--help"}) == []
+
+
+def test_every_option_of_share_is_documented():
+    text = section(COMMANDS, "## fusewire share")
+    for row in share_rows():
+        words = [word for word in row.words if not word.startswith(("--no-", "no_"))]
+        assert any(re.search(rf"`(-o )?{re.escape(word)}[`=]", text) for word in words), row.key
+
+
+def test_no_option_of_share_is_documented_that_does_not_exist():
+    rows = re.findall(r"^\| (`-.*?) \|", section(COMMANDS, "## fusewire share"), re.MULTILINE)
+    assert len(rows) > 30
+    for name in re.findall(r"`(?:-o )?([a-z_-]+)[=`]", " ".join(rows)):
+        assert name in share_words(), name
 
 
 def test_every_command_has_a_section_and_no_other_has():
@@ -117,7 +141,7 @@ def test_every_mount_option_is_documented():
 
 
 def test_no_mount_option_is_documented_that_does_not_exist():
-    known = set(options._KNOWN)
+    known = set(options._KNOWN) | share_words()
     for page in PAGES:
         for text in re.findall(r"`-o ([a-z_]+)", page.read_text()):
             assert text in known | {"help"}, f"{page.name}: -o {text}"
@@ -129,10 +153,10 @@ def test_no_mount_option_is_documented_that_does_not_exist():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page):
     known = set().union(*map(long_options, parsers().values())) | FOREIGN
-    known |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "dev").read_text()))
+    known |= share_words() | set(re.findall(r"--[a-z][a-z-]+", (ROOT / "dev").read_text()))
     for code in re.findall(r"`([^`]+)`", prose(page)):
         if code.split()[0] in ("fusewire", "-o") or code.startswith("--"):
-            for word in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code):
+            for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", code):
                 assert word in known, code
 
 
@@ -163,6 +187,9 @@ def test_shell_blocks_are_shell_and_their_commands_are_ours(block, capsys):
             continue  # a synopsis
         if "--" in words:
             words = words[: words.index("--")]
+        if words[:1] == ["share"]:
+            share_options.parse(words[1:])
+            continue
         try:
             parsers()[""].parse_args(words)
         except SystemExit:
@@ -237,7 +264,7 @@ def files() -> dict[str, str]:
 
 def test_all_python_blocks_are_files_that_are_tested():
     assert len(blocks("python")) == len(blocks("python", "file: "))
-    assert sorted(files()) == ["hello.py", "test_tree.py", "tree.py"]
+    assert sorted(files()) == ["hello.py", "test_share.py", "test_tree.py", "tree.py"]
 
 
 LOOK = """
@@ -307,13 +334,13 @@ def wait_for_mount(target: Path, before: os.stat_result, program: subprocess.Pop
         os.sched_yield()
 
 
-def test_the_test_in_the_guide_passes(tmp_path):
-    (tmp_path / "tree.py").write_text(files()["tree.py"])
-    (tmp_path / "test_tree.py").write_text(files()["test_tree.py"])
+def test_the_tests_in_the_guide_pass(tmp_path):
+    for name in ("tree.py", "test_tree.py", "test_share.py"):
+        (tmp_path / name).write_text(files()[name])
     path = os.pathsep.join([str(Path(fusewire.__file__).parent.parent), str(tmp_path)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-c", "/dev/null"]
-        + ["--rootdir", tmp_path, "test_tree.py"],
+        + ["--rootdir", tmp_path, "test_tree.py", "test_share.py"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
@@ -321,7 +348,7 @@ def test_the_test_in_the_guide_passes(tmp_path):
         timeout=90,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 # --- pages
