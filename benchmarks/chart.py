@@ -15,8 +15,9 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import share
 from directory import LINES, fastest_c
-from report import IMAGE_GOALS, PEER_LIMITS
+from report import IMAGE_GOALS, PEER_LIMITS, SHARE_BIG, SHARE_SMALL
 
 COLOURS = {
     "Fusewire": "#d1495b",
@@ -37,6 +38,9 @@ COLOURS = {
     "passthrough_ll": "#2a5d67",
     "passthrough_hp": "#6b8f97",
     "passthrough": "#a9bfc4",
+    "Fusewire, image": "#e79aa3",
+    "C virtiofsd": "#3d3d3d",
+    "Rust virtiofsd": "#b5651d",
 }
 CASES = {
     "walk": "walk\n+ stat",
@@ -140,6 +144,28 @@ def _directory(axes: Any, results: dict[str, Any], data: bool) -> None:
     axes.legend(fontsize=6, frameon=False, ncols=5, loc="upper left", bbox_to_anchor=(-0.01, -0.25))
 
 
+def _share(axes: Any, results: dict[str, Any], depth: int) -> None:
+    """Draw the CPU of each request on one queue, with the goals, which are multiples of C virtiofsd's, as lines."""
+    cases = {name: daemon["cases"] for name, daemon in results["daemons"].items()}
+    keys = {operation: share.Case(operation, depth, 1).key for operation in share.TITLES}
+    operations = [name for name, key in keys.items() if any(key in found for found in cases.values())]
+    values = {
+        name: [found[keys[operation]]["cpu_us"] if keys[operation] in found else None for operation in operations]
+        for name, found in cases.items()
+    }
+    _bars(axes, list(cases), [textwrap.fill(share.TITLES[operation], 12) for operation in operations], values)
+    for index, operation in enumerate(operations):
+        theirs = cases.get(share.C, {}).get(keys[operation])
+        if theirs is not None:
+            goal = theirs["cpu_us"] * (SHARE_BIG if "1m" in operation else SHARE_SMALL[depth])
+            axes.plot([index - 0.45, index + 0.45], [goal] * 2, color="#d1495b", linewidth=1, linestyle=":")
+    axes.set_yscale("log")
+    axes.set_ylabel("CPU µs per request", fontsize=8)
+    title = f"Share, depth {depth}: CPU of the daemon per request (less is better; dotted: goal)"
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(fontsize=7, frameon=False)
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Write the chart of all suites that the results hold."""
     panels: list[Any] = []
@@ -156,6 +182,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for data in (False, True):
         if any(fastest_c(directory.get("servers", {}), line.name) for line in LINES if line.data == data):
             panels.append(lambda axes, d=data: _directory(axes, directory, d))
+    shared = results.get("share", {})
+    if any(daemon["cases"] for daemon in shared.get("daemons", {}).values()):
+        panels += [lambda axes, d=depth: _share(axes, shared, d) for depth in share.DEPTHS]
     startup = results.get("startup", {})
     if "ratio" in startup:
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import directory
 import floor
 import images
+import share
 
 # The block cache that a Fusewire server has unless told otherwise; memory goals are beside it.
 BLOCK_CACHE_MIB = 64
@@ -54,6 +55,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         found += _image_goals(results["images"])
     if "directory" in results:
         found += _directory_goals(results["directory"])
+    if "share" in results:
+        found += _share_goals(results["share"])
     startup = results.get("startup", {})
     if "ratio" in startup:
         found.append(Goal("start-up", "run -- true against python -c pass", startup["ratio"], 6))
@@ -140,6 +143,31 @@ def _directory_goals(results: dict[str, Any]) -> list[Goal]:
     return found
 
 
+# Against C virtiofsd's CPU on one request queue; one wake-up serves many requests where many are in flight.
+SHARE_BIG, SHARE_SMALL = 1.1, {1: 2.0, 16: 1.5}
+
+
+def _share_goals(results: dict[str, Any]) -> list[Goal]:
+    """CPU with one queue; with two, which C virtiofsd has not, requests per second."""
+    cases = {name: daemon["cases"] for name, daemon in results["daemons"].items()}
+    ours, theirs = cases.get(share.FUSEWIRE, {}), cases.get(share.C, {})
+    found: list[Goal] = []
+    for case in share.CASES:
+        their = theirs.get(case._replace(queues=1).key)
+        if case.key not in ours or their is None:
+            continue
+        our, title = ours[case.key], f"{share.TITLES[case.operation]}, depth {case.depth}"
+        if case.queues == 1:
+            limit = SHARE_BIG if "1m" in case.operation else SHARE_SMALL[case.depth]
+            value = paired(our["cpu_samples_us"], their["cpu_samples_us"])
+            found.append(Goal("share", f"{title}: CPU, times {share.C}'s", value, limit))
+        else:
+            value = paired(their["samples_us"], our["samples_us"])
+            text = f"{title}: requests per second on {case.queues} queues, times {share.C}'s on its one"
+            found.append(Goal("share", text, value, 1.0, least=True))
+    return found
+
+
 def _ratio(servers: dict[str, Any], name: str, other: str, case: str) -> float | None:
     ours = servers.get(name, {}).get(case, {})
     theirs = servers.get(other, {}).get(case, {})
@@ -188,6 +216,8 @@ def text(results: dict[str, Any]) -> str:
         parts += _image_tables(results["images"])
     if "directory" in results:
         parts += _directory_tables(results["directory"])
+    if "share" in results:
+        parts += _share_tables(results["share"])
     if "startup" in results:
         parts.append(_startup_text(results["startup"]))
     parts += [f"{suite} failed: {reason}" for suite, reason in results["failed"].items()]
@@ -293,6 +323,97 @@ def _directory_tables(results: dict[str, Any]) -> list[str]:
             if words and words != "not measured":
                 parts.append(f"  {name}, {lines[line]}: {words}")
     return parts + _missing(results)
+
+
+def _share_tables(results: dict[str, Any]) -> list[str]:
+    parts = []
+    cases = {name: daemon["cases"] for name, daemon in results["daemons"].items()}
+    if any(cases.values()):
+        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        peaks = ", ".join(f"{name} {daemon['peak_mib']:.0f}" for name, daemon in results["daemons"].items())
+        parts.append(
+            f"Share: requests of a guest to vhost-user-fs daemons, without a guest; medians of {results['rounds']} "
+            f"rounds, a file of {results['file_bytes'] >> 20} MiB on a tmpfs\n  {versions}\n  "
+            f"peak memory, MiB, with what of the guest's memory was touched: {peaks}"
+        )
+    for depth in share.DEPTHS:
+        parts += _share_cpu(cases, depth)
+        parts += _share_rates(cases, depth)
+    parts += _share_time(cases)
+    guest = results.get("guest")
+    if guest:
+        plan = guest["plan"]
+        rows = [["seconds", *(f"cache={mode}" for mode in guest["modes"])]]
+        for line, title in guest["lines"].items():
+            rows.append([title, *(f"{figures[line]:.3f}" for figures in guest["modes"].values())])
+        parts.append(
+            f"Share: modes in an emulated guest (it is what takes the time). {plan['small']} small files, "
+            f"{plan['entries']} in the tree, {plan['passes']} passes of stat, {plan['big'] >> 20} MiB in sequence, "
+            f"{plan['blocks']} random blocks\n{_table(rows)}"
+        )
+    return parts + _missing(results)
+
+
+def _share_cpu(cases: dict[str, Any], depth: int) -> list[str]:
+    theirs = cases.get(share.C, {})
+
+    def cell(name: str, key: str) -> str:
+        figure, other = cases[name].get(key), theirs.get(key)
+        if figure is None:
+            return "-"
+        if other is None or name == share.C:
+            return f"{figure['cpu_us']:.1f}"
+        return f"{figure['cpu_us']:.1f} ({paired(figure['cpu_samples_us'], other['cpu_samples_us']):.2f})"
+
+    rows = [
+        [title, *(cell(name, key) for name in cases)]
+        for operation, title in share.TITLES.items()
+        if any((key := share.Case(operation, depth, 1).key) in found for found in cases.values())
+    ]
+    if not rows:
+        return []
+    title = f"Share, depth {depth}: CPU of the daemon per request, microseconds, one request queue"
+    return [f"{title} (in brackets: times {share.C}'s)\n{_table([['operation', *cases], *rows])}"]
+
+
+def _share_rates(cases: dict[str, Any], depth: int) -> list[str]:
+    columns = [
+        (name, queues)
+        for queues in share.QUEUES
+        for name, found in cases.items()
+        if any(share.Case(operation, depth, queues).key in found for operation in share.TITLES)
+    ]
+    rows = []
+    for operation, title in share.TITLES.items():
+        figures = [cases[name].get(share.Case(operation, depth, queues).key) for name, queues in columns]
+        if any(figures):
+            rows.append([title, *("-" if figure is None else f"{figure['per_second']}" for figure in figures)])
+    if not rows:
+        return []
+    head = ["operation", *(name if queues == 1 else f"{name}, {queues} queues" for name, queues in columns)]
+    return [f"Share, depth {depth}: requests per second\n{_table([head, *rows])}"]
+
+
+def _share_time(cases: dict[str, Any]) -> list[str]:
+    """Where the time goes: the kernel's share of a daemon's CPU, and how often either side wakes the other."""
+    rows = []
+    for operation, title in share.TITLES.items():
+        for depth in share.DEPTHS:
+            key = share.Case(operation, depth, 1).key
+            cells = []
+            for found in cases.values():
+                figure = found.get(key)
+                if figure is None:
+                    cells.append("-")
+                    continue
+                system = f"{figure['system_share'] * 100:.0f} %" if "system_share" in figure else "?"
+                cells.append(f"{system}, {figure['kicks']:.2f}, {figure['calls']:.2f}")
+            if any(cell != "-" for cell in cells):
+                rows.append([f"{title}, depth {depth}", *cells])
+    if not rows:
+        return []
+    title = "Share, one queue: the kernel's share of the daemon's CPU (?: too short a run), wake-ups of the daemon and "
+    return [f"{title}of the guest per request\n{_table([['operation', *cases], *rows])}"]
 
 
 def _title(case: str, facts: dict[str, Any]) -> str:

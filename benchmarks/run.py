@@ -1,4 +1,4 @@
-"""Runs the benchmarks: python benchmarks/run.py [floor|images|startup|directory|all] [--quick]; README.md says more."""
+"""Runs the benchmarks: python benchmarks/run.py [SUITE] [--quick]; README.md says more."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import directory
 import floor
 import images
 import report
+import share
 import startup
 from harness import HERE, Bench, BenchError, MissingError, Progress, machine
 
-SUITES = ("floor", "images", "startup", "directory")
+SUITES = ("floor", "images", "startup", "directory", "share")
 SERVERS = {
     name.lower()
     for name in (
         *(floor.C, floor.FUSEWIRE, floor.PYFUSE3, floor.MFUSEPY),
         *(images.LOW_LEVEL, images.HIGH_LEVEL, images.GIVEN, images.RATARMOUNT, images.KERNEL),
         *directory.SERVERS,
+        *share.SERVERS,
     )
 }
 
@@ -47,7 +49,7 @@ def _arguments() -> argparse.Namespace:
         "--rounds",
         type=int,
         metavar="N",
-        help="rounds of floor, images and directory (default: 31, 5 and 5; quick: 5, 2 and 1)",
+        help="rounds of floor, images, directory and share (default: 31, 5, 5 and 21; quick: 5, 2, 1 and 3)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the figures go (default: in the cache directory)"
@@ -66,7 +68,8 @@ def _arguments() -> argparse.Namespace:
         type=_names,
         default=set(),
         metavar="A,B",
-        help=f"only these; images: {', '.join(images.CASES)}; directory: {', '.join(directory.NAMES)}",
+        help=f"only these; images: {', '.join(images.CASES)}; directory: {', '.join(directory.NAMES)}; "
+        f"share: {', '.join(share.NAMES)}",
     )
     parser.add_argument(
         "--compressors", type=_names, default=set(images.COMPRESSORS), metavar="A,B", help="only these images"
@@ -76,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is not met")
     arguments = parser.parse_args()
-    unknown = arguments.cases - {*images.CASES, *directory.NAMES}
+    unknown = arguments.cases - {*images.CASES, *directory.NAMES, *share.NAMES}
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; --help lists them")
     unknown = arguments.servers - SERVERS
@@ -102,6 +105,7 @@ def _measure(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any
                 bench, rounds or (2 if quick else 5), arguments.squashfuse_ll, servers, arguments.cases, compressors
             ),
             "directory": lambda: directory.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
+            "share": lambda: share.run(bench, rounds or (3 if quick else 21), servers, arguments.cases),
         }
         for name, suite in suites.items():
             if arguments.suite in (name, "all"):
