@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -95,3 +97,22 @@ def test_a_set_group_bit_stays_for_a_member_that_the_client_tells_of(served: tup
     told = Caller(1000, 1000, 1, 2, Extensions((), (4321,)))
     filesystem.mknod(told, ROOT, b"file", stat.S_IFREG | 0o2755, 0, 0)
     assert stat.S_IMODE((place / "file").stat().st_mode) == 0o2755
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_direct_reads_and_writes_reach_the_host_only_where_allowed(tmp_path: Path, allowed: bool) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 8192)
+    filesystem = open_directory(str(tmp_path), Config(remote=True, allow_direct_io=allowed))
+    try:
+        entry = filesystem.lookup(Caller(0, 0, 1, 2), ROOT, b"file")
+        assert isinstance(entry, bytes)
+        nodeid = int.from_bytes(entry[:8], "little")
+        fh = filesystem.open(Caller(0, 0, 1, 2), nodeid, os.O_RDWR | os.O_DIRECT, 0)[0]
+        host = filesystem.read(nodeid, fh, 0, 4096, 0, 0, 0).fd
+        assert bool(fcntl.fcntl(host, fcntl.F_GETFL) & os.O_DIRECT) is allowed
+        with mmap.mmap(-1, 4096) as page:
+            page[:] = b"y" * 4096
+            assert filesystem.write(nodeid, fh, 4096, memoryview(page), 0, 0, os.O_DIRECT) == 4096
+        assert (tmp_path / "file").read_bytes() == b"x" * 4096 + b"y" * 4096
+    finally:
+        filesystem.destroy()

@@ -207,7 +207,7 @@ def test_virtiofsd_has_its_own_defaults():
 
 def test_share_has_the_defaults_of_a_mount():
     found = parse(["/srv", "--socket-path", "s"])
-    assert found.directory == {"passthrough": "off", "remote": True}
+    assert found.directory == {"passthrough": "off", "remote": True, "allow_direct_io": False}
     config = Config(passthrough=False)
     assert (config.xattr, config.posix_lock, config.flock, config.killpriv_v2) == (True, True, True, True)
     assert (found.source, found.socket_path, found.sandbox, found.once) == ("/srv", "s", "none", False)

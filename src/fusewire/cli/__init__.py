@@ -86,7 +86,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="fusewire",
         description="Mount filesystems without root: squashfs images and host directories over FUSE, in a namespace of "
-        "their own where need be.",
+        "their own where need be. Share them with virtual machines over virtio-fs.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

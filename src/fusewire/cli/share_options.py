@@ -278,6 +278,7 @@ def _settle(given: list[_Given], program: str) -> ShareOptions:
     # The guest's file is not a file of this kernel's, and its processes are not this machine's.
     result.directory["passthrough"] = "off"
     result.directory["remote"] = True
+    result.directory.setdefault("allow_direct_io", False)
     result.said = frozenset(values)
     result.mount.given = [one.typed for one in given]
     _imply(result, values, typed)

@@ -218,7 +218,7 @@ _CONFINEMENT = (
 )
 _PROCESS = (
     _valued("rlimit_nofile", "N", _WHOLE(0, 1 << 31), "most descriptors (0: as it is)", "--rlimit-nofile"),
-    _valued("threads", "N", _WHOLE(0, 65535), "threads beside those of the queues (default 0)", "--thread-pool-size"),
+    _valued("threads", "N", _WHOLE(0, 65535), "threads of a request queue (0, default: two)", "--thread-pool-size"),
     Row(
         "daemonize", "go on in the background once the socket listens (default: -f)", {"--daemonize": True, "-f": False}
     ),

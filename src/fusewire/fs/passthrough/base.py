@@ -104,6 +104,9 @@ class Base(Operations):
         self._xattrs = XattrMap.parse(config.xattrmap) if config.xattrmap else None
         self._switch = credentials.can_switch() if config.switch_ids is None else config.switch_ids
         self._kept_flags = KEPT if config.preserve_noatime else KEPT & ~os.O_NOATIME
+        if config.remote and config.allow_direct_io:
+            # A guest's data go between the host's file and the guest's own pages, which are aligned as a disk wants it.
+            self._kept_flags |= os.O_DIRECT
         self._own_uid, self._own_gid = os.geteuid(), os.getegid()
         self._trusted = credentials.may_administer()
         self._override: Callable[[], None] | None = None

@@ -35,8 +35,8 @@ class Data(Locks, Backing, Names, Attributes):
 
     def _flags(self, flags: int) -> int:
         """Give the flags to open the host's file with."""
-        # O_DIRECT ends at the client's kernel, which keeps nothing then (FOPEN_DIRECT_IO): the host would refuse
-        # (EINVAL) the memory that requests come in and answers go out of: it is not aligned as a disk wants it.
+        # A local client's O_DIRECT ends at the kernel, which keeps nothing then (FOPEN_DIRECT_IO): the host would
+        # refuse (EINVAL) the memory that requests come in and answers go out of: it is not aligned as a disk wants it.
         # With O_APPEND pwrite(2) would ignore the offset; each write says by itself whether it appends.
         flags &= self._kept_flags
         if self.flags & abi.FUSE_WRITEBACK_CACHE and flags & os.O_ACCMODE == os.O_WRONLY:
