@@ -88,6 +88,10 @@ class InodeTable(Generic[T]):
         node = self._by_key.get(key)
         return 0 if node is None else node[3]
 
+    def renumber(self, first: int) -> None:
+        """Give ids from `first` on: where a client may still use some that an earlier server gave."""
+        self._numbers = count(max(first, FUSE_ROOT_ID + 1))
+
     def numbers(self) -> list[int]:
         """Give all node ids, the root's too: to invalidate every one."""
         with self._lock:
@@ -140,6 +144,10 @@ class HandleTable(Generic[T]):
         self._items: dict[int, T] = {}
         self._lock = allocate_lock()
         self._numbers = count(1)
+
+    def renumber(self, first: int) -> None:
+        """Give handles from `first` on: where a client may still use some that an earlier server gave."""
+        self._numbers = count(first)
 
     def __len__(self) -> int:
         """How many handles are open."""

@@ -139,6 +139,43 @@ class Caller(NamedTuple):
     extensions: Extensions | None = None
 
 
+class Pages:
+    """Data in many places of mapped memory: what preadv(2) and pwritev(2) take, without an object for each piece.
+
+    `iovec` is an array of `count` struct iovec with the addresses in this process, `nbytes` their length in all. The
+    addresses hold as long as this object lives.
+    """
+
+    __slots__ = ("_addresses", "_base", "_lengths", "_view", "count", "iovec", "nbytes")
+
+    def __init__(
+        self, iovec: bytes, view: memoryview, base: int, addresses: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Take the array, the mapping that all pieces are in, and their places: `view` begins at address `base`.
+
+        Whoever makes it has checked that every piece lies within `view`.
+        """
+        self.iovec = iovec
+        self.count = len(lengths)
+        self.nbytes = sum(lengths)
+        self._view = view
+        self._base = base
+        self._addresses = addresses
+        self._lengths = lengths
+
+    def views(self) -> list[memoryview]:
+        """Give the pieces one by one, empty ones left out."""
+        view, base = self._view, self._base
+        return [
+            view[address - base : address - base + length]
+            for address, length in zip(self._addresses, self._lengths, strict=True)
+            if length
+        ]
+
+
+Gathered = list[memoryview] | Pages
+
+
 class Pending:
     """An answer that comes later: a handler returns it instead of a value and some other thread completes it.
 
@@ -239,7 +276,7 @@ class Operations:
     that on only when it is about to be busy: a stream of quick requests stays on one thread and one processor, where
     workers that take turns would pay for a change of thread per request."""
     gathers: bool = False
-    """`write` takes a list of buffers too, in the place of one; at most IOV_MAX (1024) of them."""
+    """`write` takes a list of memoryviews too, in the place of one, or `Pages`; at most IOV_MAX (1024) pieces."""
     idle_work: bool = False
     """Set while there is something for `idle` to do; looked at after each reply."""
     want: int = 0
@@ -255,6 +292,13 @@ class Operations:
 
     def init(self, connection: Connection) -> None:
         """Begin: the protocol has been agreed; keep `connection` for notifications."""
+
+    def renumber(self, first: int) -> None:
+        """Give node ids and handles from `first` on, before `init`: the client has some of a server that ended.
+
+        Not overridden, only a filesystem that is `immutable` can take over a client: there they mean the same again.
+        """
+        _unsupported("renumber")
 
     def destroy(self) -> None:
         """End: no request comes after this. Called once per mount, also when the kernel sent no DESTROY."""
@@ -370,7 +414,7 @@ class Operations:
 
     def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
         """Write `data`, a memoryview, at `offset` and give the count of bytes. It is the request's memory: copy what is
-        kept. A virtual machine may change it meanwhile; only with `gathers` it may be a list of memoryviews.
+        kept. A virtual machine may change it meanwhile; only with `gathers` it comes in other forms.
         """
         _unsupported("write")
 

@@ -26,7 +26,7 @@ from fusewire.adapters import (
     sized,
     with_caller,
 )
-from fusewire.ops import Buffer, Caller, FileRange, Operations, Pending, Statfs
+from fusewire.ops import Buffer, Caller, FileRange, Gathered, Operations, Pending, Statfs
 from fusewire.wire import abi, codec
 from fusewire.wire.requests import BadRequest, check_name
 from fusewire.wire.table import OPCODE_LIMIT, TABLE, Op, layout
@@ -298,7 +298,7 @@ class Session:
         except Exception as error:  # noqa: BLE001 - the session's guard: whatever a handler does, the kernel gets an answer
             return self._failed(error, unique, op)
 
-    def handle_write(self, head: bytes, data: list[memoryview]) -> Reply:
+    def handle_write(self, head: bytes, data: Gathered) -> Reply:
         """Serve a WRITE whose data lie apart from their header, in any number of pieces: for shared memory.
 
         `head` is fuse_in_header and fuse_write_in, 80 bytes. The pieces reach a filesystem that `gathers` as they are.
@@ -310,14 +310,17 @@ class Session:
         handler, _, unpack, _, encode, _, _, op = row
         try:
             fh, offset, size, write_flags, lock_owner, flags = unpack(head, 40)
-            if length != 80 + size or size > self.max_write or sum(map(len, data)) != size:
-                raise BadRequest(errno.EINVAL)
-            if len(data) == 1:
-                pieces: Any = data[0]
-            elif self.operations.gathers and 0 < len(data) <= IOV_MAX:
-                pieces = data
+            if isinstance(data, list):
+                count, total = len(data), sum(map(len, data))
             else:
-                pieces = memoryview(b"".join(data))
+                count, total = data.count, data.nbytes
+            if length != 80 + size or size > self.max_write or total != size:
+                raise BadRequest(errno.EINVAL)
+            if self.operations.gathers and 1 < count <= IOV_MAX:
+                pieces: Any = data
+            else:
+                views = data if isinstance(data, list) else data.views()
+                pieces = views[0] if len(views) == 1 else memoryview(b"".join(views))
             result = handler(nodeid, fh, offset, pieces, write_flags, lock_owner, flags)
             if type(result) is Pending:
                 return self._defer(result, unique, row, head)

@@ -18,12 +18,16 @@ class BadAddress(ValueError):  # noqa: N818 - it is an answer, not a fault of ou
 
 
 class Region(NamedTuple):
-    """A piece of guest memory: guest-physical address, size in bytes, the front end's address, the mapping."""
+    """A piece of guest memory: guest-physical address, size in bytes, the front end's address, the mapping.
+
+    `address` is where the mapping begins in this process; 0 if nobody needs it.
+    """
 
     guest_addr: int
     size: int
     user_addr: int
     view: memoryview
+    address: int = 0
 
 
 class GuestMemory:
@@ -71,7 +75,7 @@ class GuestMemory:
         """
         pieces = []
         while length > 0:
-            base, size, _, view = self.find(address)
+            base, size, _, view, _ = self.find(address)
             start = address - base
             part = min(length, size - start)
             pieces.append(view[start : start + part])

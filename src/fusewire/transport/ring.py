@@ -32,11 +32,15 @@ from _thread import allocate_lock
 from struct import Struct
 from typing import TYPE_CHECKING
 
+from fusewire.transport.chain import Chain
 from fusewire.transport.guest_memory import BadAddress, GuestMemory, Log, Region
 from fusewire.transport.inflight import Inflight, InflightError
+from fusewire.transport.pages import FEWEST, LONGEST, Masks, gather, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fusewire.ops import Pages
 
 __all__ = ["MOST_ENTRIES", "BadAddress", "Chain", "GuestMemory", "Log", "Queue", "Region", "RingError"]
 
@@ -61,10 +65,6 @@ _SHORT = 16
 _FOUR = 4 * _DESC_SIZE
 _SHORT_TABLES = {_DESC_SIZE * n: Struct("<" + "QII" * n).unpack_from for n in range(1, _SHORT + 1)}
 _READ_FOUR = _SHORT_TABLES[_FOUR]
-# The links of longer tables whose entries are in order. Linux asks for 256 pages (1 MiB) and a few headers.
-_LONG = 1024
-_READABLE_LINKS = Struct(f"<{_LONG}I").pack(*range(1 << 16 | _NEXT, _LONG + 1 << 16, 1 << 16))
-_WRITABLE_LINKS = Struct(f"<{_LONG}I").pack(*range(1 << 16 | _NEXT | _WRITE, _LONG + 1 << 16, 1 << 16))
 # How many forms of short tables a queue remembers. Honest drivers have a dozen.
 _MOST_SHAPES = 64
 
@@ -81,22 +81,6 @@ def _too_long() -> _BadChain:
     return _BadChain(f"a chain of more than {_MOST_BYTES} bytes")
 
 
-class Chain:
-    """One request: what the driver wrote, where the device may write, in order and without empty pieces.
-
-    `bad` is empty, or says why the chain cannot be used: then there is nothing in it, and it is to be pushed with
-    length 0. A request may be cut anywhere, and pieces may overlap: that is the driver's business.
-    """
-
-    __slots__ = ("bad", "head", "readable", "writable")
-
-    def __init__(self, head: int, readable: list[memoryview], writable: list[memoryview], bad: str = "") -> None:
-        self.head = head
-        self.readable = readable
-        self.writable = writable
-        self.bad = bad
-
-
 class Queue:
     """One virtqueue. Without `start`, and after `stop`, it is always empty and what is pushed goes nowhere.
 
@@ -107,8 +91,8 @@ class Queue:
     __slots__ = (
         "_acquire", "_addresses", "_again", "_avail", "_base", "_called", "_desc", "_elements", "_event_idx",
         "_event_wanted", "_event_word", "_heads", "_indirect", "_inflight", "_limit", "_log", "_marks", "_mask",
-        "_memory", "_offset", "_published", "_quiet", "_release", "_seen", "_shapes", "_tables", "_tracked", "_used",
-        "_used_log", "_view", "_weak", "_words", "last_avail", "size",
+        "_masks", "_memory", "_offset", "_published", "_quiet", "_release", "_seen", "_shapes", "_tables", "_tracked",
+        "_used", "_used_log", "_view", "_weak", "_words", "last_avail", "size",
     )
     # fmt: on
 
@@ -130,6 +114,7 @@ class Queue:
         self._tables: dict[int, Callable[..., tuple[int, ...]]] = _SHORT_TABLES if indirect and log is None else {}
         # Links of a short table in the usual order -> how many of its entries are readable.
         self._shapes: dict[tuple[int, ...], int] = {}
+        self._masks = Masks()
         self._log = log
         self._used_log: int | None = None
         # While there is a log: head -> how often it is in flight, and where its chain may be written to.
@@ -227,7 +212,7 @@ class Queue:
         self._words = views[2].cast("H") if event else views[2][:4].cast("H")
         self._elements = views[2][4 : 4 + 8 * size].cast("Q")
         # The region that was used last: most requests lie in one.
-        self._base, self._limit, _, self._view = memory.regions[0]
+        self._base, self._limit, _, self._view, _ = memory.regions[0]
 
     def stop(self) -> int:
         """Stop, let go of all memory, and give the index of the next available request (for GET_VRING_BASE).
@@ -361,9 +346,10 @@ class Queue:
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         places: list[tuple[int, int]] = []
+        pages: list[tuple[Pages, bool]] = []
         bad = ""
         try:
-            self._follow(first, readable, writable, places)
+            self._follow(first, readable, writable, places, pages)
         except (_BadChain, BadAddress) as error:
             bad = str(error)
         if self._log is not None:
@@ -372,7 +358,9 @@ class Queue:
             if count:
                 bad = bad or f"descriptor {head} is in flight already"
             self._marks[head] = count + 1, before
-        return Chain(head, [], [], bad) if bad else Chain(head, readable, writable)
+        if bad:
+            return Chain(head, [], [], bad)
+        return Chain(head, readable, writable, "", *pages[0]) if pages else Chain(head, readable, writable)
 
     def _follow(
         self,
@@ -380,6 +368,7 @@ class Queue:
         readable: list[memoryview],
         writable: list[memoryview],
         places: list[tuple[int, int]],
+        pages: list[tuple[Pages, bool]],
     ) -> None:
         """Follow a chain from its first descriptor to its end. Raises _BadChain and BadAddress."""
         table, count, left = self._desc, self.size, self.size
@@ -402,8 +391,8 @@ class Queue:
                         raise _BadChain(f"an indirect table of {length} bytes")
                     # The only copy: the driver may go on writing to the table.
                     table = memoryview(b"".join(self._memory.slices(address, length)))
-                    straight = _SHORT < count <= _LONG and not total and not writing and log is None
-                    if straight and self._join(table, readable, writable):
+                    straight = _SHORT < count <= LONGEST and not total and not writing and log is None
+                    if straight and self._join(table, readable, writable, pages):
                         return
                     left, inner = count, True
                     address, length, flags, following = _DESC(table, 0)
@@ -417,7 +406,7 @@ class Queue:
                 start = address - base
                 stop = start + length
                 if start < 0 or stop > limit:
-                    base, limit, _, view = self._memory.find(address)
+                    base, limit, _, view, _ = self._memory.find(address)
                     start = address - base
                     stop = start + length
                 if stop <= limit:
@@ -449,30 +438,33 @@ class Queue:
             self._shapes.clear()
         self._shapes[links] = sum(not link & _WRITE for link in links)
 
-    def _join(self, table: memoryview, readable: list[memoryview], writable: list[memoryview]) -> bool:
-        """Take a long indirect table whose entries are in order, and join those that lie behind one another.
+    def _join(
+        self,
+        table: memoryview,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        pages: list[tuple[Pages, bool]],
+    ) -> bool:
+        """Take a long indirect table whose entries are in order: that of a READ or WRITE of many pages.
 
-        So the pages of a large READ or WRITE may do: a third of the general way's time (two thirds where they do not),
-        and fewer pieces for preadv(2). False, and nothing taken, for a table of any other order; then `_follow`
-        finds out what is wrong with it, if anything is. Raises BadAddress.
+        The pages become one array for preadv(2), where they are in one region. Otherwise those that lie behind one
+        another are joined: a third of the general way's time. False, and nothing taken, for a table of any other
+        order; then `_follow` finds out what is wrong with it, if anything is. Raises BadAddress.
         """
-        count = len(table) // _DESC_SIZE
-        links = table.cast("I")[3::4].tobytes()
-        last, body = links[-4], 4 * (count - 1)
-        readables = links[::4].find(_NEXT | _WRITE)
+        readables = in_order(table)
         if readables < 0:
-            readables = count - 1 if last == _WRITE else count
-        turn = min(4 * readables, body)
-        if (
-            last != (_WRITE if readables < count else 0)
-            or links[:turn] != _READABLE_LINKS[:turn]
-            or links[turn:body] != _WRITABLE_LINKS[turn:body]
-        ):
             return False
         memory, base, limit, view = self._memory, self._base, self._limit, self._view
         turn = _DESC_SIZE * readables
         for part, out in ((table[:turn], readable), (table[turn:], writable)):
             begin = end = 0
+            # Behind the header and arguments that a request begins with, and the header of an answer.
+            first = _DESC_SIZE * (2 if out is readable else 1)
+            if len(part) >= _DESC_SIZE * FEWEST and not pages:
+                rest = gather(part[first:], memory, self._masks)
+                if rest is not None:
+                    pages.append((rest, out is readable))
+                    part = part[:first]
             for address, length in _PLACES(part):
                 start = address - base
                 if start == end:
@@ -483,12 +475,13 @@ class Queue:
                 elif begin != end:
                     begin, end = begin + base, end + base
                     out += memory.slices(begin, end - begin)
-                    base, limit, _, view = memory.find(begin)
+                    base, limit, _, view, _ = memory.find(begin)
                     start = address - base
                 begin = start
                 end = start + length
             out += memory.slices(begin + base, end - begin)
-        if sum(map(len, readable)) + sum(map(len, writable)) > _MOST_BYTES:
+        total = sum(map(len, readable)) + sum(map(len, writable))
+        if total + (pages[0][0].nbytes if pages else 0) > _MOST_BYTES:
             raise _too_long()
         self._base, self._limit, self._view = base, limit, view
         return True

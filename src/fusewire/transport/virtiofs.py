@@ -11,21 +11,22 @@ threads first and starts new ones: that is rare, and needs no other lock on a re
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import mmap
 import os
 import select
-import stat
 import struct
 import sys
 import threading
+import time
 from _thread import allocate_lock, get_ident
 from typing import TYPE_CHECKING
 
 from fusewire.linux.atomics import DirtyLog
 from fusewire.session import Agreed
 from fusewire.transport.exchange import DEFERRED, Exchange
-from fusewire.transport.guest_memory import GuestMemory, Region
+from fusewire.transport.guest_memory import BadAddress, GuestMemory, Region
+from fusewire.transport.handed import map_shared, signal, signallable
 from fusewire.transport.inflight import inflight_size
 from fusewire.transport.ring import Queue, RingError
 from fusewire.transport.vhost_wire import F_EVENT_IDX, F_INDIRECT_DESC
@@ -34,40 +35,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fusewire.ops import Buffer
+    from fusewire.transport.ring import Chain
     from fusewire.transport.vhost_backend import Vring
 
 STRONG_ORDERING = os.uname().machine in ("x86_64", "i386", "i486", "i586", "i686")
-# So many small replies, or so many bytes, are shown to the driver at once; a single one is never held back.
-_BATCH = 4
+# A reply of so many bytes is shown to the driver at once; a few smaller ones may wait for each other
+# (`Exchange.batch`). A single one is never held back.
 _LONG_REPLY = 16384
-_PAGE = mmap.PAGESIZE
+# How often we look whether we are to end while a request holds us up, and after how long that is said; seconds.
+_LOOK, _LONG_WAIT = 0.1, 2.0
 # What a later server has to know of the session, behind the queues' regions in the in-flight buffer.
 _SAVED = struct.Struct("<8sIQIII")
 _SAVED_MAGIC = b"fusewire"
 
 
-def _map(fd: int, size: int, offset: int) -> memoryview:
-    """Map `size` bytes of a shared file from `offset` on, and close `fd`; the mapping lives as long as its views.
+class Abandoned(Exception):  # noqa: N818 - an end, not a fault
+    """We are to end, and a request is still at work: nothing may be done any more but to end the process.
 
-    Raises OSError, ValueError: a file that is shorter would kill us with SIGBUS at the first touch.
+    Its thread may go on to write to guest memory, so nobody may be told that its queue has stopped.
     """
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("what is to be mapped is no file")
-        if offset + size > found.st_size:
-            raise ValueError(f"a mapping to byte {offset + size} of a file of {found.st_size} bytes")
-        page = max(_PAGE, found.st_blksize if found.st_blksize >= 1 << 20 else _PAGE)  # hugetlbfs
-        start = offset // page * page
-        length = -(-(offset + size - start) // page) * page
-        mapped = mmap.mmap(fd, min(length, found.st_size - start), offset=start)
-        return memoryview(mapped)[offset - start : offset - start + size]
-    finally:
-        os.close(fd)
 
 
 class _Runner:
-    """One queue: its ring, its descriptors and its threads."""
+    """One queue: its ring, its descriptors and its threads.
+
+    A request that was deferred belongs to the ring that it came from, the object: while that is the queue's, the
+    answer has a place to go. A ring stopped with requests deferred is kept. If the front end starts the queue where it
+    stood, as after a pause, it goes on. Otherwise the driver has begun anew, and memory of its requests is not ours.
+    """
 
     def __init__(self, share: Share, index: int, workers: int) -> None:
         self.share = share
@@ -82,63 +77,86 @@ class _Runner:
         self.enabled = False
         self._lead = allocate_lock()
         self._leader = 0
-        # Over push and publish, and over `call`, where others than the leader complete requests.
+        # Over push and publish, over `call` and `err`, and over the change of rings.
         self._done = allocate_lock()
         self._unseen = 0
         self._threads: list[threading.Thread] = []
         self._stopping = False
         self._bell = -1
         self._poll: select.epoll | None = None
-        self._late: list[tuple[int, list[memoryview], list[Buffer]]] = []
+        self._late: list[tuple[Chain, list[Buffer]]] = []
+        self._paused: tuple[object, ...] | None = None
 
     # Threads
 
     def run(self) -> None:
         """Start the threads, if the queue is to be served. Raises OSError."""
-        if self.vring is None or not self.enabled or self._threads:
+        poll = self._poll
+        if self.vring is None or not self.enabled or self._threads or poll is None:
             return
         self._stopping = False
-        self._poll = poll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            poll.register(self._bell, select.EPOLLIN)
-            # By its edges: a kick counts once, and nobody has to read it.
-            poll.register(self.kick, select.EPOLLIN | select.EPOLLET)
-            for number in range(self.workers):
-                thread = threading.Thread(
-                    target=self._work, args=(poll,), name=f"virtiofs-{self.index}.{number}", daemon=True
-                )
+            os.eventfd_read(self._bell)
+        except BlockingIOError:
+            pass  # nobody has rung it yet
+        for number in range(self.workers):
+            thread = threading.Thread(
+                target=self._work, args=(poll,), name=f"virtiofs-{self.index}.{number}", daemon=True
+            )
+            try:
                 thread.start()
-                self._threads.append(thread)
-        except RuntimeError as error:
-            if not self._threads:
-                self._close_bell()
-                raise OSError(errno.EAGAIN, f"no thread for queue {self.index}: {error} (`ulimit -u`)") from error
-        except OSError:
-            self._close_bell()
-            raise
+            except RuntimeError as error:
+                why = f"no thread for queue {self.index}: {error} (`ulimit -u`)"
+                if not self._threads:
+                    raise OSError(errno.EAGAIN, why) from error
+                self.share.exchange.say(f"{why}; {len(self._threads)} of {self.workers} serve it")
+                break
+            self._threads.append(thread)
         with self._done:
             late, self._late = self._late, []
-            for head, writable, buffers in late:
-                self.ring.push(head, self.share.exchange.give(writable, buffers))
+            for chain, buffers in late:
+                self._put(chain, buffers)
             self._publish()
 
     def halt(self) -> None:
-        """End the threads; each finishes what it is at."""
+        """End the threads; each finishes what it is at. Raises Abandoned."""
         if not self._threads:
             return
         self._stopping = True
         os.eventfd_write(self._bell, 1)
         for thread in self._threads:
-            thread.join()
+            self._join(thread)
         self._threads.clear()
-        self._close_bell()
         with self._done:
             self._publish()
 
+    def _join(self, thread: threading.Thread) -> None:
+        began, said = time.monotonic(), False
+        while True:
+            thread.join(_LOOK)
+            if not thread.is_alive():
+                return
+            if self.share.ending():
+                self.share.say(f"queue {self.index}: ended with a request at work, {_where(thread)}")
+                raise Abandoned
+            if not said and time.monotonic() - began > _LONG_WAIT:
+                said = True
+                self.share.say(
+                    f"queue {self.index} cannot stop: a request is still at work, {_where(thread)}; "
+                    "until it is done, it may write to the guest's memory"
+                )
+
+    def _open_bell(self) -> None:
+        self._poll = poll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        poll.register(self._bell, select.EPOLLIN)
+        # By its edges: a kick counts once, and nobody has to read it.
+        poll.register(self.kick, select.EPOLLIN | select.EPOLLET)
+
     def _close_bell(self) -> None:
-        os.close(self._bell)
-        self._bell = -1
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
         if self._poll is not None:
             self._poll.close()  # not left to the collector, should an error keep the frame of a thread
             self._poll = None
@@ -146,7 +164,9 @@ class _Runner:
     def _work(self, poll: select.epoll) -> None:
         me = get_ident()
         share, ring, lead, done = self.share, self.ring, self._lead, self._done
-        pop, push, serve = ring.pop, ring.push, share.exchange.serve
+        exchange = share.exchange
+        pop, push, serve = ring.pop, ring.push, exchange.serve
+        token = (self, ring)
         share.runners_by_thread[me] = self
         try:
             while True:
@@ -162,16 +182,21 @@ class _Runner:
                             self._publish()
                     if self._stopping:
                         return
+                    if exchange.work_ahead():
+                        continue
                     if ring.sleep():
                         poll.poll()
                     ring.wake()
                     continue
                 self.requests += 1
                 if chain.bad:
-                    share.exchange.say(f"queue {self.index}: {chain.bad}")
+                    exchange.say(f"queue {self.index}: {chain.bad}")
                     written = 0
                 elif chain.readable:
-                    written = serve(chain, (self, chain.head))
+                    try:
+                        written = serve(chain, token)
+                    except BaseException as error:  # noqa: BLE001 - also of a handler that calls sys.exit
+                        written = exchange.fault(chain, error)
                     if written == DEFERRED:
                         continue
                 else:
@@ -179,25 +204,36 @@ class _Runner:
                 with done:
                     push(chain.head, written)
                     self._unseen += 1
-                    if self._unseen >= _BATCH or written > _LONG_REPLY or self._leader != me:
+                    if self._unseen >= exchange.batch or written > _LONG_REPLY or self._leader != me:
                         self._publish()
         except RingError as error:
-            share.say(f"queue {self.index} has stopped: {error}")
-            self._stopping = True
-            os.eventfd_write(self._bell, 1)
-            if self.err >= 0:
-                _signal(self.err)
+            self._broken(str(error), None)
+        except Exception as error:  # noqa: BLE001 - no queue stops without a word
+            self._broken(f"{type(error).__name__}: {error}", error)
         finally:
             del share.runners_by_thread[me]
             if self._leader == me:
                 self._leader = 0
                 lead.release()
 
+    def _broken(self, why: str, error: BaseException | None) -> None:
+        """Serve the queue no more, and say so, to the front end too; the others go on."""
+        self._stopping = True
+        os.eventfd_write(self._bell, 1)
+        self.fail(why, error)
+
+    def fail(self, why: str, error: BaseException | None = None) -> None:
+        """Tell that the queue is not served any more."""
+        self.share.exchange.say(f"queue {self.index} has stopped: {why}", error)
+        with self._done:
+            if self.err >= 0:
+                signal(self.err)
+
     def _publish(self) -> None:
         """Show the driver what was pushed, and call it if it wants to be; under `_done`."""
         self._unseen = 0
         if self.ring.publish() and self.call >= 0:
-            _signal(self.call)
+            signal(self.call)
 
     def hand_over(self, long: bool) -> None:
         """Let another thread take requests while this one, which leads, is busy for long."""
@@ -208,25 +244,42 @@ class _Runner:
             self._leader = 0
             self._lead.release()
 
-    def complete(self, head: int, writable: list[memoryview], buffers: list[Buffer]) -> None:
-        """Answer a deferred request; while the queue stands still, it waits for the queue to run again."""
+    def complete(self, ring: Queue, chain: Chain, buffers: list[Buffer]) -> None:
+        """Answer a request that was deferred; while the queue stands still, that waits until it runs again."""
         with self._done:
-            if not self._threads:
-                self._late.append((head, writable, buffers))
+            if ring is not self.ring:
                 return
-            self.ring.push(head, self.share.exchange.give(writable, buffers))
+            if not self._threads:
+                self._late.append((chain, buffers))
+                return
+            self._put(chain, buffers)
             self._publish()
 
-    def forget_late(self) -> None:
-        """Drop answers to a guest that is no more."""
-        with self._done:
-            self._late.clear()
+    def _put(self, chain: Chain, buffers: list[Buffer]) -> None:
+        try:
+            written = self.share.exchange.give(chain.writable, buffers)
+        except (ValueError, TypeError, BufferError) as error:  # what the filesystem gave as data
+            written = self.share.exchange.fault(chain, error)
+        self.ring.push(chain.head, written)
 
     # What the front end sets up
 
     def start(self, vring: Vring) -> None:
         """Begin with a ring. Raises OSError, ValueError."""
-        kick = vring.kick
+        self.kick, self.enabled = vring.kick, vring.enabled
+        try:
+            if self._paused is not None and self._paused == self._place_of(vring, vring.base):
+                self._go_on()
+            else:
+                self._begin(vring)
+            self.vring = vring
+            self._open_bell()
+            self.run()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _begin(self, vring: Vring) -> None:
         share = self.share
         ring = Queue(
             indirect=bool(vring.features & F_INDIRECT_DESC),
@@ -234,82 +287,138 @@ class _Runner:
             log=share.log,
             strong_ordering=STRONG_ORDERING,
         )
-        try:
-            self._place(ring, vring)
-        except BaseException:
-            os.close(kick)
-            raise
-        self.ring, self.vring, self.kick, self.enabled = ring, vring, kick, vring.enabled
-        try:
-            self.run()
-        except BaseException:
-            self.stop()
-            raise
+        self._drop()
+        self._place(ring, vring)
+        with self._done:
+            self.ring = ring
 
-    def _place(self, ring: Queue, vring: Vring) -> None:
+    def _go_on(self) -> None:
+        self._paused = None
+        try:
+            self.ring.remap(self.share.memory)
+        except RingError as error:
+            raise ValueError(str(error)) from error
+        with self._done:
+            if self.call >= 0:
+                signal(self.call)  # as in set_call: what was last pushed may have called in vain
+
+    def _drop(self) -> None:
+        """Have nothing to do any more with what was deferred."""
+        with self._done:
+            old, self.ring = self.ring, Queue(indirect=False, event_idx=False)
+            self._late.clear()
+        if self._paused is not None:
+            self._paused = None
+            old.stop()
+            self.share.exchange.give_up((self, old))
+
+    def _place_of(self, vring: Vring, base: int) -> tuple[object, ...] | None:
+        """Give what a ring has to have in common with a later one to be the same; None if that cannot be said."""
+        share = self.share
+        if vring.used is None:
+            return None
+        try:
+            used = bytes(share.memory.at_user(vring.used + 2, 2))
+        except BadAddress:
+            return None
+        kind = vring.features & (F_INDIRECT_DESC | F_EVENT_IDX)
+        where = (vring.size, vring.desc, vring.avail, vring.used, base, used)
+        return (*where, kind, vring.log if share.log else None, share.log is None, share.inflight_number)
+
+    def _place(self, ring: Queue, vring: Vring, base: int | None = None) -> None:
         desc, avail, used = vring.desc, vring.avail, vring.used
         assert desc is not None and avail is not None and used is not None
         try:
             ring.start(
-                self.share.memory, vring.size, desc, avail, used, vring.base,
+                self.share.memory, vring.size, desc, avail, used, vring.base if base is None else base,
                 used_log=vring.log, inflight=self.share.inflight_of(self.index, vring.size),
             )  # fmt: skip
         except RingError as error:
             raise ValueError(str(error)) from error
 
     def stop(self) -> int:
-        """Finish what is in work and let go of the ring; give its next available index."""
+        """Finish what is in work and let go of the ring; give its next available index. Raises Abandoned."""
         self.halt()
-        self.vring = None
+        vring, self.vring = self.vring, None
+        self._close_bell()
         if self.kick >= 0:
             os.close(self.kick)
             self.kick = -1
+        if vring is not None and self.ring.in_flight:
+            self._paused = self._place_of(vring, self.ring.last_avail)
+            if self._paused is not None:
+                return self.ring.last_avail
+        if self._paused is not None:
+            return self.ring.last_avail
         return self.ring.stop()
 
+    def close(self) -> None:
+        """Let go of everything. Raises Abandoned."""
+        self.stop()
+        self._drop()
+        self.set_call(-1)
+        self.set_err(-1)
+
     def again(self, change: Callable[[], None]) -> None:
-        """Stand still while `change` is made."""
+        """Stand still while `change` is made; if the ring or the threads do not stand that, the queue has stopped."""
         ran = bool(self._threads)
         self.halt()
         try:
             change()
+            if ran:
+                self.run()
+        except OSError as error:
+            self.fail(error.strerror or str(error))
         except (RingError, ValueError) as error:
-            self.share.say(f"queue {self.index} has stopped: {error}")
-            return
-        if ran:
-            self.run()
+            self.fail(str(error))
 
     def set_call(self, fd: int) -> None:
         """Call the driver by another descriptor from now on."""
         with self._done:
             old, self.call = self.call, fd
             if fd >= 0 and self._threads:
-                _signal(fd)
+                signal(fd)
         if old >= 0:
             os.close(old)
 
     def set_err(self, fd: int) -> None:
         """Tell of a broken ring by another descriptor."""
-        old, self.err = self.err, fd
+        with self._done:
+            old, self.err = self.err, fd
         if old >= 0:
             os.close(old)
 
 
-def _signal(fd: int) -> None:
-    try:
-        os.eventfd_write(fd, 1)
-    except OSError:
-        return  # whatever the front end gave us there, it is not waiting for it any more
+def _where(thread: threading.Thread) -> str:
+    """Say where a thread is: the innermost function that it is in."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    if frame is None:
+        return "which is done by now"
+    code = frame.f_code
+    return f"in {code.co_name} at {os.path.basename(code.co_filename)}:{frame.f_lineno}"
 
 
 class Share:
     """One front end's device: the `Backend` that vhost.py asks for."""
 
-    def __init__(self, exchange: Exchange, *, queues: int, workers: int, log: Callable[[str], None]) -> None:
-        """Serve `queues` virtqueues, the high-priority one counted, the others with `workers` threads each."""
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        queues: int,
+        workers: int,
+        log: Callable[[str], None],
+        ending: Callable[[], bool] = bool,
+    ) -> None:
+        """Serve `queues` virtqueues, the high-priority one counted, the others with `workers` threads each.
+
+        `ending`: whether the process is to end, even though a request may still be at work (`Abandoned`).
+        """
         if sys.byteorder != "little":
             raise OSError(errno.ENOSYS, "virtio-fs is served on little-endian machines only")
         self.exchange = exchange
         self.say = log
+        self.ending = ending
         self.memory = GuestMemory(())
         self.log: DirtyLog | None = None
         self._dirty: DirtyLog | None = None
@@ -317,12 +426,12 @@ class Share:
         self._made_inflight = -1
         self._inflight: memoryview | None = None
         self._inflight_size = 0
+        self.inflight_number = 0
         self._channel = -1
         self.runners_by_thread: dict[int, _Runner] = {}
         self._runners = [_Runner(self, index, workers if index else 1) for index in range(queues)]
         exchange.on_block = self._block
         exchange.on_late = self._late
-        exchange.on_fresh = self._fresh
         exchange.on_agreed = self._keep
 
     @property
@@ -335,13 +444,9 @@ class Share:
         if runner is not None:
             runner.hand_over(long)
 
-    def _late(self, token: tuple[_Runner, int], writable: list[memoryview], buffers: list[Buffer]) -> None:
-        runner, head = token
-        runner.complete(head, writable, buffers)
-
-    def _fresh(self) -> None:
-        for runner in self._runners:
-            runner.forget_late()
+    def _late(self, token: tuple[_Runner, Queue], chain: Chain, buffers: list[Buffer]) -> None:
+        runner, ring = token
+        runner.complete(ring, chain, buffers)
 
     # Backend: memory
 
@@ -349,7 +454,8 @@ class Share:
         os.close(fd)
 
     def map_region(self, fd: int, size: int, mmap_offset: int, guest_addr: int, user_addr: int) -> Region:
-        return Region(guest_addr, size, user_addr, _map(fd, size, mmap_offset))
+        view = map_shared(fd, size, mmap_offset)
+        return Region(guest_addr, size, user_addr, view, ctypes.addressof(ctypes.c_char.from_buffer(view)))
 
     def unmap_region(self, region: Region) -> None:
         # Nothing to do: the mapping goes with the last request that has a part of it.
@@ -379,28 +485,30 @@ class Share:
         try:
             runner.run()
         except OSError as error:
-            self.say(str(error))
+            runner.fail(error.strerror or str(error))
 
     def update_queue(self, index: int, vring: Vring) -> None:
         runner = self._runners[index]
 
         def move() -> None:
-            vring.base = runner.ring.stop()
-            runner._place(runner.ring, vring)
+            ring = runner.ring
+            if ring.in_flight:
+                raise ValueError(f"{ring.in_flight} requests wait, for a lock maybe: it cannot be moved or logged now")
+            runner._place(ring, vring, ring.stop())
 
         runner.vring = vring
         runner.again(move)
 
     def set_call(self, index: int, fd: int) -> None:
-        self._runners[index].set_call(_wakes(fd))
+        self._runners[index].set_call(signallable(fd))
 
     def set_err(self, index: int, fd: int) -> None:
-        self._runners[index].set_err(_wakes(fd))
+        self._runners[index].set_err(signallable(fd))
 
     # Backend: what a migration needs
 
     def set_log(self, fd: int, size: int, offset: int) -> None:
-        view = _map(fd, size, offset) if fd >= 0 else None
+        view = map_shared(fd, size, offset) if fd >= 0 else None
         end = max((region.guest_addr + region.size for region in self.memory.regions), default=0)
         if view is not None and size << 15 < end:
             raise ValueError(f"a dirty log of {size} bytes for memory that ends at {end:#x}")
@@ -436,6 +544,7 @@ class Share:
         return fd, size, 0
 
     def set_inflight(self, fd: int, mmap_size: int, mmap_offset: int, num_queues: int, queue_size: int) -> None:
+        self.inflight_number += 1
         if fd < 0:
             self._inflight = None
             if self._made_inflight >= 0:
@@ -445,7 +554,7 @@ class Share:
         if num_queues * inflight_size(queue_size) + _SAVED.size > mmap_size:
             os.close(fd)
             raise ValueError(f"an in-flight region of {mmap_size} bytes is none of ours")
-        self._inflight = _map(fd, mmap_size, mmap_offset)
+        self._inflight = map_shared(fd, mmap_size, mmap_offset)
         self._inflight_size = queue_size
 
     def inflight_of(self, index: int, size: int) -> memoryview | None:
@@ -473,8 +582,13 @@ class Share:
         magic, *agreed = _SAVED.unpack(self._inflight[-_SAVED.size :])
         if magic != _SAVED_MAGIC:
             return
-        self.say("taking over from a server before; its open files are lost")
-        self.exchange.resume(Agreed(*agreed))
+        try:
+            self.exchange.resume(Agreed(*agreed))
+        except ValueError as error:
+            self._keep(None)
+            self.say(f"the guest has to mount the share again: {error}")
+        else:
+            self.say("taking over from a server before; its open files are lost")
 
     # Backend: ends
 
@@ -485,23 +599,11 @@ class Share:
     def close(self) -> None:
         """Let go of everything; the device has been disconnected, so no queue runs."""
         for runner in self._runners:
-            runner.stop()
-            runner.set_call(-1)
-            runner.set_err(-1)
-        self.exchange.close()
+            runner.close()
+        exchange = self.exchange
+        exchange.close()
+        exchange.on_block = exchange.on_late = exchange.on_agreed = None  # not left to the collector
         self.set_backend_channel(-1)
         self.set_inflight(-1, 0, 0, 0, 0)
         self.memory = GuestMemory(())
         self.log = self._dirty = None
-
-
-def _wakes(fd: int) -> int:
-    """Give a descriptor that can be signalled without end; -1, and it is closed, for one that could hold us up."""
-    if fd < 0:
-        return fd
-    mode = os.fstat(fd).st_mode
-    # An eventfd has no type at all; pipes and sockets can fill up.
-    if stat.S_IFMT(mode) == 0 or (stat.S_ISFIFO(mode) and not os.get_blocking(fd)):
-        return fd
-    os.close(fd)
-    return -1

@@ -160,6 +160,11 @@ class Base(Operations):
         if self._uids is not None or self._gids is not None:
             self._plain = None
 
+    def renumber(self, first: int) -> None:
+        """Number nodes and handles from `first` on: those of a server before us must not mean other files now."""
+        self.nodes.table.renumber(first)
+        self.handles.renumber(first)
+
     def init(self, connection: Connection) -> None:
         self._connection = connection
         self._may_block = connection.may_block

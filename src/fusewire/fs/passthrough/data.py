@@ -16,8 +16,8 @@ from fusewire.fs.passthrough.base import S_IFDIR, S_IFREG, Handle
 from fusewire.fs.passthrough.locks import Locks
 from fusewire.fs.passthrough.names import Names
 from fusewire.fs.passthrough.nodes import Fd, status_of
-from fusewire.linux import files
-from fusewire.ops import FileRange
+from fusewire.linux import files, vectors
+from fusewire.ops import FileRange, Pages
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
@@ -178,16 +178,17 @@ class Data(Locks, Backing, Names, Attributes):
     def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
         handle = self.handles.get(fh)
         fd = handle.fd
-        pieces = data if type(data) is list else None
-        if self._may_block is not None and (pieces is not None or len(data) > _LITTLE):
+        kind = type(data)
+        if self._may_block is not None and (kind is not memoryview or len(data) > _LITTLE):
             self._may_block(False)
         if self.watching:
             self._changing(handle.node.parent, handle.node.name)
         try:
-            if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE:
-                count = os.pwritev(fd.number, pieces or [data], offset, _APPEND_ONCE)
-            elif pieces is not None:
-                count = os.pwritev(fd.number, pieces, offset)
+            how = _APPEND_ONCE if flags & os.O_APPEND and not write_flags & abi.FUSE_WRITE_CACHE else 0
+            if kind is Pages:
+                count = vectors.pwritev(fd.number, data.iovec, data.count, offset, how)
+            elif how or kind is list:
+                count = os.pwritev(fd.number, data if kind is list else [data], offset, how)
             else:
                 count = os.pwrite(fd.number, data, offset)
         except OverflowError:
