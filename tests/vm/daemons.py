@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,16 @@ class Daemon:
         """What it has written on standard output and standard error."""
         return (self._directory / "said").read_text(errors="replace")
 
+    def descriptors(self) -> list[str]:
+        """What it has open, as proc(5) tells it."""
+        found = []
+        for name in os.listdir(f"/proc/{self.process.pid}/fd"):
+            try:
+                found.append(os.readlink(f"/proc/{self.process.pid}/fd/{name}"))
+            except FileNotFoundError:
+                continue
+        return sorted(found)
+
     def kill(self) -> None:
         """End it as a crash does."""
         self.process.kill()
@@ -83,3 +94,13 @@ def virtiofsd_missing() -> str:
 def virtiofsd(directory: Path, *options: str) -> Daemon:
     """QEMU's own daemon, to compare with: the C one, that QEMU had before 8.0. `options`: of its -o."""
     return Daemon([VIRTIOFSD, "--fd={fd}", "-o", ",".join([f"source={directory}", "sandbox=chroot", *options])])
+
+
+def fusewire(source: str | os.PathLike[str], *options: str) -> Daemon:
+    """Ours: `fusewire share`. Warnings of Python's are errors."""
+    return Daemon([sys.executable, "-W", "error", "-m", "fusewire", "share", source, "--fd={fd}", *options])
+
+
+def fusewire_virtiofsd(*options: str) -> Daemon:
+    """Ours by virtiofsd's command line, which all of `options` are of."""
+    return Daemon([sys.executable, "-W", "error", "-m", "fusewire.cli.virtiofsd", "--fd={fd}", *options])

@@ -121,9 +121,9 @@ class Result(NamedTuple):
 class Guest:
     """A guest that runs. As a context manager, or by `start` and `close`.
 
-    memory: as QEMU has it. put: (path here, path there) of files and directories for the guest's first root. modules:
-    of the kernel, to be loaded besides. flavour: of the kernel (`images.fetch`). python: False leaves out Python and
-    `programs`. arguments: more words for QEMU.
+    memory: as QEMU has it; "" if `arguments` say it, and that it is shared with daemons. put: (path here, path there)
+    of files and directories for the guest's first root. modules: of the kernel, to be loaded besides. flavour: of the
+    kernel (`images.fetch`). python: False leaves out Python and `programs`. arguments: more words for QEMU.
 
     There is no reconnecting: QEMU's device wants its daemon there at the start (with `reconnect=` in its chardev it
     does not start at all), and never looks for another one. `unplug` and `plug` give a share another daemon.
@@ -151,8 +151,10 @@ class Guest:
         self.uptime = 0.0
         self._kernel = images.find_kernel(flavour)
         self._modules = [*images.MODULES, *modules]
-        self._machine = ["-m", memory, "-smp", str(smp), "-cpu", cpu]
-        self._machine += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on"]
+        self._machine = ["-smp", str(smp), "-cpu", cpu]
+        if memory:
+            self._machine += ["-m", memory, "-numa", "node,memdev=memory"]
+            self._machine += ["-object", f"memory-backend-memfd,id=memory,size={memory},share=on"]
         self._arguments = list(arguments)
         if python:
             self.disks.append(Disk(images.userland(programs), "userland", readonly=True))
@@ -208,7 +210,7 @@ class Guest:
         self._hung = ""
 
     def _words(self, fds: dict[str, int]) -> list[str]:
-        words = [*self._kernel.qemu, "-accel", "tcg", "-machine", "q35", "-numa", "node,memdev=memory", *self._machine]
+        words = [*self._kernel.qemu, "-accel", "tcg", "-machine", "q35", *self._machine]
         words += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         words += ["-serial", f"file:{self._directory}/console", "-kernel", str(self._kernel.image)]
         words += ["-initrd", f"{self._directory}/initramfs", "-append", ARGUMENTS, "-device", "virtio-serial-pci"]
