@@ -12,6 +12,8 @@ from pathlib import Path
 
 C_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"  # Debian's qemu-system-common before trixie
 PATIENCE = 10.0
+# A share that is its own parent's child: no process waits for it outside of a sandbox.
+ONE_PROCESS = ["--sandbox=none", "--landlock=off"]
 
 
 def missing(kind: str) -> str:
@@ -47,6 +49,7 @@ class Daemon:
             command += ["-o", "xattr,posix_lock,flock"]
         else:
             command = [sys.executable, "-m", "fusewire", "share", str(directory), "--socket-path", self.socket]
+            command += ONE_PROCESS
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=inherited

@@ -412,8 +412,7 @@ def test_a_guest_that_connects_again_after_its_virtual_machine_lost_the_connecti
 
 
 def test_a_daemon_that_hangs_is_told_from_one_that_has_gone(daemon: daemons.Daemon, connect: Connect) -> None:
-    guest = connect(timeout=0.2)
-    guest.front.timeout = 5.0
+    guest = connect()
     guest.init()
     os.kill(daemon.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, daemon.pid, os.WSTOPPED)

@@ -27,9 +27,6 @@ for number in map(int, os.listdir("/proc/self/fd")):
             open_now.append(number)
     except OSError:
         pass
-from fusewire.linux import mountinfo
-before = mountinfo.holding(b'{place}')
-mountinfo.by_id = lambda number: before  # which cannot be read any more inside
 plan = sandbox.plan(%r, shared=b'{place}', landlock=%r)
 def let_go():
     for number in open_now:

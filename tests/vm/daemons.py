@@ -96,9 +96,13 @@ def virtiofsd(directory: Path, *options: str) -> Daemon:
     return Daemon([VIRTIOFSD, "--fd={fd}", "-o", ",".join([f"source={directory}", "sandbox=chroot", *options])])
 
 
+# With CAP_SYS_ADMIN, for trusted attributes, as the C virtiofsd is started here too.
+FULL = ("--modcaps=+sys_admin",) if os.geteuid() == 0 else ()
+
+
 def fusewire(source: str | os.PathLike[str], *options: str) -> Daemon:
     """Ours: `fusewire share`. Warnings of Python's are errors."""
-    return Daemon([sys.executable, "-W", "error", "-m", "fusewire", "share", source, "--fd={fd}", *options])
+    return Daemon([sys.executable, "-W", "error", "-m", "fusewire", "share", source, "--fd={fd}", *FULL, *options])
 
 
 def fusewire_virtiofsd(*options: str) -> Daemon:

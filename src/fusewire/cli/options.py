@@ -9,6 +9,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     Value = int | float | str
 
@@ -113,7 +114,7 @@ class MountOptions:
         self.max_readahead: int | None = None
         self.max_write: int | None = None
         # What concerns a host directory, under the names of fs.passthrough.Config; what was not said is not in it.
-        self.directory: dict[str, str | bool | tuple[str, ...]] = {}
+        self.directory: dict[str, Any] = {}
 
     @property
     def read_only(self) -> bool:

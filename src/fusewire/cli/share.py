@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 
-from fusewire.cli import share_options
+from fusewire.cli import share_options, share_sandbox
 from fusewire.cli.options import OptionError
-from fusewire.cli.share_options import LEVELS, SHARE, VIRTIOFSD, ShareOptions
+from fusewire.cli.share_options import LEVELS, SHARE, ShareOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,17 +21,16 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from fusewire.linux.listening import Listening, PidFile
+    from fusewire.linux.sandbox_enter import Entered
     from fusewire.ops import Operations
     from fusewire.serve_share import ShareServer
 
+CAP_SYS_ADMIN = 21  # <linux/capability.h>
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _MOST_DESCRIPTORS = 1_000_000
 _GRACE = 0.5  # seconds
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# What there is of each kind of confinement; a command line may ask for more.
-_SANDBOXES = frozenset({"none"})
-_SECCOMP = frozenset({"none"})
 
 
 def main(arguments: list[str], program: str = SHARE) -> int:
@@ -41,7 +41,6 @@ def main(arguments: list[str], program: str = SHARE) -> int:
         return EXIT_USAGE
     try:
         options = share_options.parse(arguments, program)
-        lacking = _lacking(options)
     except OptionError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -51,13 +50,6 @@ def main(arguments: list[str], program: str = SHARE) -> int:
             return 0
         for typed, reason in options.ignored:
             print(f"{name}: `{typed}` has no effect: {reason}", file=sys.stderr)
-        if lacking:
-            verb = "is" if len(lacking) == 1 else "are"
-            print(
-                f"{name}: warning: not confined: {', '.join(lacking)} {verb} not there in this version; "
-                "`--sandbox none` says that it is meant so",
-                file=sys.stderr,
-            )
         return _in_background(options, name) if options.daemonize else _serve(options, name, None)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -70,31 +62,6 @@ def main(arguments: list[str], program: str = SHARE) -> int:
 
         print(f"{name}: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
-
-
-def _lacking(options: ShareOptions) -> list[str]:
-    """The confinement that is wanted and cannot be had.
-
-    virtiofsd's callers ask for it as a matter of course, also by saying nothing: they are told. Whoever asks `share`
-    for it by name is refused, as an OptionError.
-    """
-    wanted = [
-        ("sandbox", f"--sandbox {options.sandbox}", options.sandbox in _SANDBOXES),
-        ("seccomp", f"--seccomp {options.seccomp}", options.seccomp in _SECCOMP),
-        ("modcaps", "--modcaps", not options.modcaps),
-        ("uid_map", "--uid-map", not options.uid_map),
-        ("gid_map", "--gid-map", not options.gid_map),
-    ]
-    lacking = [(key, text) for key, text, there in wanted if not there]
-    if options.program == VIRTIOFSD:
-        if "sandbox" in options.said and options.sandbox == "none":  # what is not said either is meant so too
-            lacking = [(key, text) for key, text in lacking if key in options.said]
-        return [text for _, text in lacking]
-    for _, text in lacking:
-        raise OptionError(
-            text, "is not there in this version: the share is confined by its own checks only; leave it out"
-        )
-    return []
 
 
 # What is printed instead of sharing
@@ -154,6 +121,20 @@ def _identifier(tag: str) -> str:
     return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-" for letter in tag)
 
 
+def _dry_run(options: ShareOptions) -> str:
+    """The steps into the sandbox, with their reasons."""
+    from fusewire.cli.share_sandbox import plan_for
+
+    source = os.path.abspath(options.source)
+    if not os.path.isdir(source):
+        return plan_for(options, None).describe()
+    directory = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return plan_for(options, directory).describe()
+    finally:
+        os.close(directory)
+
+
 def _help(options: ShareOptions) -> str:
     return share_options.describe(options.program)
 
@@ -163,6 +144,7 @@ _ACTIONS: dict[str, Callable[[ShareOptions], str]] = {
     "version": _version,
     "capabilities": _capabilities,
     "qemu": _qemu,
+    "dry-run": _dry_run,
 }
 
 
@@ -177,10 +159,15 @@ class Messages:
         self.name = name
         self.level = LEVELS.index(level)
         self._syslog = syslog
+        self.files: list[int] = []  # descriptors that it needs
         if syslog:
             import syslog as system
 
-            system.openlog(name, system.LOG_PID, system.LOG_DAEMON)
+            before = set(os.listdir("/proc/self/fd"))
+            # Connected at once: later there may be no socket to be had.
+            system.openlog(name, system.LOG_PID | system.LOG_NDELAY, system.LOG_DAEMON)
+            new = [int(fd) for fd in set(os.listdir("/proc/self/fd")) - before]
+            self.files = [fd for fd in new if stat.S_ISSOCK(_mode(fd))]
 
     def __call__(self, message: str, error: BaseException | None = None) -> None:
         """Take what a session reports: a fault, with the exception that showed it if there is one."""
@@ -207,25 +194,34 @@ class Messages:
             system.syslog(priorities.get(level, system.LOG_DEBUG), line)
 
 
+def _mode(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_mode
+    except OSError:  # that of the listing itself
+        return 0
+
+
 # The filesystem
 
 
 class FilesystemFactory:
     """Makes the filesystem anew for every guest: handles and lookups of the one before are not the next one's.
 
-    A directory is held open, so that it stays the one that was checked, whatever its path leads to later. An image is
-    opened by its path each time: a new one that was put in its place is what the next guest gets.
+    The source is held open, so that it stays the one that was checked, whatever its path leads to later, and can be
+    served where there are no paths any more.
     """
 
     def __init__(self, options: ShareOptions) -> None:
         """Open the source, and make the first filesystem at once: what is wrong with it is to be said now."""
         self._source = os.path.abspath(options.source)
         self._mount = options.mount
-        self._directory = -1
+        self._fd = -1
+        self._is_directory = os.path.isdir(self._source)
         self._first: Operations | None = None
         try:
-            if os.path.isdir(self._source):
-                self._directory = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            from fusewire.fs import sources
+
+            self._fd = sources.open_fd(self._source)
             self._first = self._open()
         except BaseException:
             self.close()
@@ -239,18 +235,46 @@ class FilesystemFactory:
     def _open(self) -> Operations:
         from fusewire.fs import sources
 
-        if self._directory < 0:
-            return sources.open_source(self._source, self._mount)
-        return sources.open_directory(os.dup(self._directory), self._source, self._mount)
+        return sources.open_opened(os.dup(self._fd), self._source, self._mount)
+
+    @property
+    def directory(self) -> int | None:
+        """The directory's descriptor; None for an image."""
+        return self._fd if self._is_directory else None
+
+    @property
+    def files(self) -> list[int]:
+        """The descriptors that have to stay, but for a directory's."""
+        return [] if self._is_directory else [self._fd]
+
+    def move_in(self, entered: Entered, *, trusted: bool) -> None:
+        """Go on inside a sandbox, where a directory's descriptor stands for the new root.
+
+        trusted: what the server may do in the first user namespace counts there.
+        """
+        directory = self._mount.directory
+        directory["proc"] = entered.proc
+        directory["switch_ids"] = entered.switch_ids
+        directory["trusted"] = trusted and bool(entered.capabilities >> CAP_SYS_ADMIN & 1)
+
+    def let_go(self) -> None:
+        """Close the source, in a process that only waits for the one that serves it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def close(self) -> None:
         """Let go of the source. Filesystems that were given out live on."""
+        self.drop_first()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def drop_first(self) -> None:
+        """End the filesystem that showed that the source can be served."""
         first, self._first = self._first, None
         if first is not None:
             first.destroy()
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
 
 
 def make_filesystem_factory(options: ShareOptions) -> FilesystemFactory:
@@ -304,9 +328,15 @@ def _serve(options: ShareOptions, name: str, tell: int | None) -> int:
             from fusewire.linux.listening import PidFile
 
             pid_file = PidFile(os.path.abspath(options.pid_file))
+        report = _report(options)
+        if tell is not None:
+            from fusewire.linux import process
+
+            process.detach_from_terminal()
+        share_sandbox.enter(options, factory, listening, pid_file, messages, tell)
         server = _make_server(options, factory, listening, messages)
         ending.watch(server)
-        _ready(options, messages, tell)
+        _ready(report, options, messages, tell)
         return server.serve()
     finally:
         if pid_file is not None:
@@ -345,26 +375,32 @@ def _make_server(
     return server
 
 
-def _ready(options: ShareOptions, messages: Messages, tell: int | None) -> None:
-    """Say that the socket listens; a daemon leaves its caller's terminal then."""
-    where = f"descriptor {options.fd}" if options.fd >= 0 else os.path.abspath(options.socket_path)
-    source = os.path.abspath(options.source)
-    report = ""
+def _report(options: ShareOptions) -> dict[str, object]:
+    """What is shared where, and the process that is to be signalled to end it all."""
+    return {
+        "source": os.path.abspath(options.source),
+        "socket": None if options.fd >= 0 else os.path.abspath(options.socket_path),
+        "pid": os.getpid(),
+        "tag": os.fsdecode(options.tag) or None,
+        "queues": options.queues,
+    }
+
+
+def _ready(report: dict[str, object], options: ShareOptions, messages: Messages, tell: int | None) -> None:
+    """Say that the socket listens."""
+    text = ""
     if options.as_json:
         import json
 
-        found = {"source": source, "socket": None if options.fd >= 0 else where, "pid": os.getpid()}
-        report = json.dumps(found | {"tag": os.fsdecode(options.tag) or None, "queues": options.queues}) + "\n"
+        text = json.dumps(report) + "\n"
     if tell is None:
-        sys.stdout.write(report)
+        sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        from fusewire.linux import process
-
-        os.write(tell, b"R" + os.fsencode(report))  # EPIPE if nobody waits any more: then it is not wanted
+        os.write(tell, b"R" + os.fsencode(text))  # EPIPE if nobody waits any more: then it is not wanted
         os.close(tell)
-        process.detach_from_terminal()
-    messages.say("info", f"{source} is shared at {where}")
+    where = f"descriptor {options.fd}" if options.fd >= 0 else report["socket"]
+    messages.say("info", f"{report['source']} is shared at {where}")
 
 
 def _limit_descriptors(wanted: int | None, messages: Messages) -> None:
@@ -422,6 +458,8 @@ def _in_background(options: ShareOptions, name: str) -> int:
             _answer(tell, explain(error))
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
+        except SystemExit as ended:  # the one that serves, for which this process has waited
+            code = ended.code if isinstance(ended.code, int) else EXIT_FAILED
         except BaseException:  # noqa: BLE001 - the child's last stop
             import traceback
 

@@ -54,6 +54,7 @@ class ShareOptions:
         "fd",
         "gid_map",
         "ignored",
+        "landlock",
         "log_level",
         "modcaps",
         "mount",
@@ -95,8 +96,9 @@ class ShareOptions:
         self.log_level = "info"
         self.syslog = False
         self.rlimit_nofile: int | None = None
-        self.sandbox = "namespace" if like_virtiofsd else "none"
-        self.seccomp = "kill" if like_virtiofsd else "none"
+        self.sandbox = "namespace" if like_virtiofsd else "auto"
+        self.seccomp = "kill"
+        self.landlock = "auto"
         self.modcaps: tuple[tuple[str, bool], ...] = ()
         self.uid_map: tuple[tuple[int, int, int], ...] = ()
         self.gid_map: tuple[tuple[int, int, int], ...] = ()
@@ -110,7 +112,7 @@ class ShareOptions:
         return self.mount.read_only
 
     @property
-    def directory(self) -> dict[str, str | bool | tuple[str, ...]]:
+    def directory(self) -> dict[str, Any]:
         """What concerns a host directory, under the names of fs.passthrough.Config."""
         return self.mount.directory
 

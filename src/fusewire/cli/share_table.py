@@ -203,14 +203,23 @@ _FILES = (
 _CONFINEMENT = (
     Row(
         "sandbox",
-        "namespace, chroot or none",
+        "namespace, chroot, none, or auto: the strongest that works",
         {"--sandbox": None, "sandbox": None, "chroot": "chroot", "no_chroot": "namespace"},
         value="MODE",
-        convert=_choice("namespace", "chroot", "none"),
+        convert=_choice("namespace", "chroot", "none", "auto"),
         strict=True,
     ),
     _valued(
         "seccomp", "ACTION", _choice("none", "kill", "log", "trap"), "kill, trap, log or none", "--seccomp", strict=True
+    ),
+    _valued(
+        "landlock",
+        "WHEN",
+        _choice("auto", "require", "off"),
+        "auto (default), require or off: reach nothing else, on top of every sandbox",
+        "--landlock",
+        strict=True,
+        ours=True,
     ),
     _valued("modcaps", "LIST", _capabilities, "capabilities to keep or drop: +sys_admin:-chown", strict=True),
     _valued("uid_map", "MAP", _map, ":INSIDE:OUTSIDE:COUNT: of the user namespace", "--uid-map", many=True),
@@ -240,6 +249,7 @@ _ACTIONS = (
     Row("action", "print the version", {"-V": "version", "--version": "version"}),
     Row("action", "what this daemon can do, as vhost-user.json has it", {"--print-capabilities": "capabilities"}),
     Row("action", "QEMU's arguments for this share", {"--print-qemu": "qemu"}, ours=True),
+    Row("action", "the steps into the sandbox, each with its reason", {"--dry-run": "dry-run"}, ours=True),
 )
 _OF_MOUNT = "offset cache_size uid gid umask squash_owner entry_timeout attr_timeout negative_timeout"
 

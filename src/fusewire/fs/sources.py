@@ -26,7 +26,7 @@ class SourceOptions(Protocol):
     entry_timeout: float | None
     attr_timeout: float | None
     negative_timeout: float | None
-    directory: dict[str, str | bool | tuple[str, ...]]
+    directory: dict[str, Any]
 
     @property
     def read_only(self) -> bool: ...
@@ -37,16 +37,30 @@ def open_source(source: str, options: SourceOptions) -> Operations:
 
     Raises OSError that names the source: it is missing, may not be read, or is nothing that we know.
     """
+    return open_opened(open_fd(source), source, options)
+
+
+def open_fd(source: str) -> int:
+    """Open `source`, a directory by O_PATH. Raises OSError that names it."""
     try:
         if os.path.isdir(source):
-            return open_directory(os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), source, options)
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            return os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.filename is None:
             raise
         raise OSError(error.errno, f"cannot open the source {source}: {error.strerror}") from error
+
+
+def open_opened(fd: int, source: str, options: SourceOptions) -> Operations:
+    """Open as a filesystem what `open_fd` gave, or a copy of it, which is taken over; `source` is for messages.
+
+    Raises OSError that names the source.
+    """
+    kind = os.fstat(fd)
+    if stat.S_ISDIR(kind.st_mode):
+        return open_directory(fd, source, options)
     try:
-        kind = os.fstat(fd)
         if stat.S_ISREG(kind.st_mode):
             size = kind.st_size
         elif stat.S_ISBLK(kind.st_mode):
@@ -112,7 +126,10 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
         file=file,
     )
     if isinstance(filesystem, SquashFSWithXattrs) and os.geteuid() == 0:
-        from fusewire.linux.userns import in_first_namespace
+        trusted = options.directory.get("trusted")
+        if trusted is None:
+            from fusewire.linux.userns import in_first_namespace
 
-        filesystem.trusted = in_first_namespace()
+            trusted = in_first_namespace()
+        filesystem.trusted = trusted
     return filesystem

@@ -110,6 +110,7 @@ IN_ISDIR = 0x40000000
 IN_ONESHOT = 0x80000000
 
 CLONE_FS = 0x200
+OVERLAYFS_SUPER_MAGIC = 0x794C7630  # <linux/magic.h>
 NO_ID = 0xFFFFFFFF  # (uid_t) -1: no user or group has it
 
 _MAX_HANDLE_SZ = 128
@@ -161,6 +162,8 @@ _NR_SETFSGID = _NR["setfsgid"]
 _NR_SETGROUPS = _NR["setgroups"]
 
 _Statx = ctypes.c_char * 256
+_Statfs = ctypes.c_char * 256
+_long = struct.Struct("@l").unpack_from
 _statx_unpack = struct.Struct("=IIQIIIH2xQQQQqI4xqI4xqI4xqI4xIIIIQII").unpack_from
 _status_unpack = struct.Struct("=4x4s8x12sH2xQ16s8x8s4s4x12s4x8s4s4x8s4s4xQ16s").unpack_from
 _STATUS = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
@@ -201,6 +204,7 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _linkat = _libc.linkat
 _fchownat = _libc.fchownat
 _syncfs = _libc.syncfs
+_fstatfs = _libc.fstatfs
 _name_to_handle_at = _libc.name_to_handle_at
 _open_by_handle_at = _libc.open_by_handle_at
 _inotify_init1 = _libc.inotify_init1
@@ -252,6 +256,14 @@ def status_if_any(directory: int, name: bytes, flags: int) -> tuple[Any, ...] | 
             return None
         _fail("statx", name)
     return _status_unpack(buffer)
+
+
+def filesystem_type(fd: int) -> int:
+    """The magic number of the filesystem that a descriptor, also an O_PATH one, is on: fstatfs(2)."""
+    buffer = _Statfs()
+    if _fstatfs(fd, buffer):
+        _fail("fstatfs")
+    return int(_long(buffer)[0]) & 0xFFFFFFFF
 
 
 def openat2(directory: int, name: bytes, flags: int, mode: int, resolve: int) -> int:

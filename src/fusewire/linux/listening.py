@@ -155,11 +155,21 @@ class PidFile:
             raise OSError(errno.EEXIST, f"{self.path} is no pid file: remove it, or choose another path")
         return True
 
+    @property
+    def files(self) -> list[int]:
+        """The descriptors that it needs."""
+        return [self._fd, self._place.directory]
+
+    def release(self) -> None:
+        """Leave the file to another process that has a copy of this; its descriptors are closed here already."""
+        self._fd = -1
+        self._place.directory = -1
+
     def close(self) -> None:
         """Remove the file, if it is still this one, and then let others have the lock."""
         if self._fd >= 0:
             self._place.remove(self._identity)
-        self._drop()
+            self._drop()
 
     def _drop(self) -> None:
         self._place.close()
@@ -230,6 +240,21 @@ class Listening:
                 continue
             client.setblocking(True)
             return client
+
+    @property
+    def files(self) -> list[int]:
+        """The descriptors that it needs to be closed as it should, beside the socket."""
+        held = [] if self._place is None else [self._place.directory]
+        return held if self._lock is None else [*held, *self._lock.files]
+
+    def release(self) -> None:
+        """Leave the name and the lock file to another process that has a copy of this; go on listening."""
+        if self._place is not None:
+            self._place.directory = -1
+            self._place = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def close(self) -> None:
         """Remove the socket's name and the lock file, if they are still the ones that were made here; stop listening.

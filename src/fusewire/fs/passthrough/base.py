@@ -108,7 +108,7 @@ class Base(Operations):
             # A guest's data go between the host's file and the guest's own pages, which are aligned as a disk wants it.
             self._kept_flags |= os.O_DIRECT
         self._own_uid, self._own_gid = os.geteuid(), os.getegid()
-        self._trusted = credentials.may_administer()
+        self._trusted = credentials.may_administer() if config.trusted is None else config.trusted
         self._override: Callable[[], None] | None = None
         if config.remote and self._switch and os.geteuid() == 0 and files.effective_capabilities() & _OVERRIDE:
             self._override = files.capability_setter(files.effective_capabilities() & ~_OVER_FILES | _OVERRIDE)

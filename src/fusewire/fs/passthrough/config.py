@@ -67,6 +67,7 @@ class Config:
         "switch_ids",
         "translate_gid",
         "translate_uid",
+        "trusted",
         "watch",
         "writeback",
         "xattr",
@@ -101,6 +102,7 @@ class Config:
         watch: bool = False,
         preserve_noatime: bool = True,
         remote: bool = False,
+        trusted: bool | None = None,
         fd_budget: int | None = None,
         proc: bytes = b"/proc/self/fd/",
     ) -> None:
@@ -109,7 +111,8 @@ class Config:
         posix_lock, flock: locks are taken on the host, where its own processes see them; else the kernel keeps them
         among the users of this mount. switch_ids: make files as the caller (None: if the server may). fd_budget: how
         many descriptors may be open (None: what RLIMIT_NOFILE leaves). remote: callers are processes of another
-        machine, whose process ids mean nothing here. proc: prefix of this process's descriptors as
+        machine, whose process ids mean nothing here. trusted: it has CAP_SYS_ADMIN in the first user namespace (None:
+        if it can be seen that it does). proc: prefix of this process's descriptors as
         paths, for a server whose /proc is not in its place.
         """
         if cache not in MODES:
@@ -145,5 +148,6 @@ class Config:
         self.watch = watch
         self.preserve_noatime = preserve_noatime
         self.remote = remote
+        self.trusted = trusted
         self.fd_budget = fd_budget
         self.proc = proc

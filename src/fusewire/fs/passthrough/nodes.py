@@ -16,11 +16,10 @@ from __future__ import annotations
 import errno
 import os
 from _thread import allocate_lock
-from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 from fusewire.inodes import InodeTable
-from fusewire.linux import files, mountinfo
+from fusewire.linux import files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence, Sized
@@ -29,7 +28,6 @@ _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHAIN = 4096  # components of a path that is opened anew; PATH_MAX leaves room for no more
 
-_MNT_ID = Struct("=8xQ").unpack  # of ST_PLACE
 
 # What statx says of a file, as files.status() gives it, and the identity of its inode: see Nodes.identity.
 Status = tuple[Any, ...]
@@ -104,8 +102,7 @@ class Nodes:
         """
         self._proc = proc
         status = status_of(root)
-        found = mountinfo.by_id(_MNT_ID(status[files.ST_PLACE])[0])
-        self._born = found is not None and found.fstype != b"overlay"
+        self._born = files.filesystem_type(root) != files.OVERLAYFS_SUPER_MAGIC
         node = Node(self.identity(status), status[files.ST_MODE] & 0o170000, None, b"")
         node.fd = Fd(root)
         node.pinned = True
