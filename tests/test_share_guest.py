@@ -290,7 +290,7 @@ def test_killed_guest_is_followed_by_another_at_the_same_daemon(tmp_path: Path) 
         with Guest([Share(daemon.path)], python=False) as guest:
             guest.check(f"{MOUNT} fs /mnt && sleep 1000 </mnt/file & {_until('[ -e /mnt/file ]')}")
             first = daemon.descriptors()
-            assert str(tmp_path / "file") in first
+            assert any(path.endswith("/file") for path in first)
             os.kill(guest.pid, signal.SIGKILL)
         with Guest([Share(daemon.path)], python=False) as guest:
             # The one before has gone once this one is answered.

@@ -47,10 +47,15 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, l
             "c": daemons.virtiofsd(places["c"], "xattr", "posix_lock", "flock", "modcaps=+sys_admin"),
             "share": daemons.fusewire(places["share"]),
             "like-c": daemons.fusewire_virtiofsd(
-                "-o", f"source={places['like-c']},sandbox=chroot,xattr,posix_lock,flock"
+                "-o", f"source={places['like-c']},sandbox=chroot,xattr,posix_lock,flock,modcaps=+sys_admin"
             ),
             "like-rust": daemons.fusewire_virtiofsd(
-                f"--shared-dir={places['like-rust']}", "--sandbox=none", "--xattr", "--cache=auto", "--log-level=warn"
+                f"--shared-dir={places['like-rust']}",
+                "--sandbox=none",
+                "--xattr",
+                "--cache=auto",
+                "--log-level=warn",
+                "--modcaps=+sys_admin",
             ),
         }
         shares = [Share(stack.enter_context(daemon).path, tag) for tag, daemon in made.items()]
@@ -132,7 +137,7 @@ def test_command_line_of_virtiofsd_listens_on_a_path_and_ends_with_the_guest(tmp
     ) as process:
         try:
             assert process.stderr is not None
-            assert "is shared at" in process.stderr.readline()
+            assert any("is shared at" in line for line in iter(process.stderr.readline, ""))
             with Guest([Share(path)], python=False) as guest:
                 assert guest.check("mount -t virtiofs fs /mnt && cat /mnt/greeting") == b"hello\n"
             assert process.wait(10) == 0

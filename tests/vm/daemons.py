@@ -49,12 +49,21 @@ class Daemon:
         """What it has written on standard output and standard error."""
         return (self._directory / "said").read_text(errors="replace")
 
+    @property
+    def server(self) -> int:
+        """The process that serves: in a sandbox it is a descendant of the one that was started."""
+        found = self.process.pid
+        while children := Path(f"/proc/{found}/task/{found}/children").read_text().split():
+            found = int(children[0])
+        return found
+
     def descriptors(self) -> list[str]:
-        """What it has open, as proc(5) tells it."""
+        """What the server has open, as proc(5) tells it; in a mount namespace of its own, by the paths there."""
         found = []
-        for name in os.listdir(f"/proc/{self.process.pid}/fd"):
+        server = self.server
+        for name in os.listdir(f"/proc/{server}/fd"):
             try:
-                found.append(os.readlink(f"/proc/{self.process.pid}/fd/{name}"))
+                found.append(os.readlink(f"/proc/{server}/fd/{name}"))
             except FileNotFoundError:
                 continue
         return sorted(found)

@@ -100,8 +100,12 @@ class Attributes(Base):
             gid = self._gids.to_host(gid)
         try:
             files.fchownat_empty(fd, uid, gid)
-        except PermissionError as error:
-            self._say_who_owns(error)
+        except OSError as error:
+            if error.errno == errno.EINVAL and not self._switch:
+                # An id that is not in this user namespace (chown(2)): to the client it is one that may not be given.
+                raise PermissionError(errno.EPERM, "the server's user namespace has no such id", node.name) from error
+            if error.errno == errno.EPERM:
+                self._say_who_owns(error)
             raise
         self._clear_capability(node)
 
