@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from fusewire.cli import state, supervise
+from fusewire.cli import background, state
 from fusewire.cli.control import ControlServer
 from fusewire.cli.run import explain
 from fusewire.cli.supervise import EXIT_FAILED
@@ -68,43 +68,19 @@ def mount(job: Job) -> int:
             print(f"fusewire: {explain(error)}", file=sys.stderr)
             return EXIT_FAILED
         return 0
-    told, tell = os.pipe()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.ENDING)
-    server = os.fork()
-    if server == 0:
-        os.close(told)
-        code = EXIT_FAILED
-        try:
-            # Whatever else the caller has open (a lock, a pipe that somebody reads) must not live as long as a mount.
-            process.close_inherited_fds({0, 1, 2, tell, *_named_fds(job)})
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            _Daemon(job).run(tell)
-            code = 0
-        except OSError as error:
-            _say(tell, b"E" + os.fsencode(explain(error)))
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        except BaseException:  # noqa: BLE001 - the child's last stop
-            import traceback
 
-            _say(tell, b"E" + os.fsencode(traceback.format_exc()))
-        finally:
-            os._exit(code)
-    os.close(tell)
-    answer, ended_by = supervise.read_unless_ended(told)
-    os.close(told)
-    if answer.startswith(b"R"):
-        sys.stdout.write(os.fsdecode(answer[1:]))
+    def serve(tell: int) -> int:
+        _Daemon(job).run(tell)
         return 0
-    if ended_by := ended_by or supervise.pending():
-        _give_up(server)
-        return supervise.leave(ended_by)
-    _, status = os.waitpid(server, 0)
-    from fusewire.cli.run import describe
 
-    text = os.fsdecode(answer[1:]) or f"the server died before the mount was ready ({describe(status)})"
-    print(f"fusewire: {text}", file=sys.stderr)
-    return EXIT_FAILED
+    return background.start(
+        serve,
+        keep=_named_fds(job),
+        name="fusewire",
+        died="the server died before the mount was ready",
+        failed=EXIT_FAILED,
+        give_up=_give_up,
+    )
 
 
 def _give_up(server: int) -> None:
@@ -160,13 +136,6 @@ def _before(target: str) -> dict[str, Any] | None:
         "aside": os.fsdecode(mount_namespace.aside_name(place)),
         "mount_id": None if over is None else over.id,
     }
-
-
-def _say(tell: int, message: bytes) -> None:
-    try:
-        os.write(tell, message)
-    except OSError:
-        pass  # it has been told already, and the pipe is closed
 
 
 def _first_looker(path: bytes) -> int:

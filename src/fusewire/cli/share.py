@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fusewire.ops import Operations
     from fusewire.serve_share import ShareServer
 
-CAP_SYS_ADMIN = 21  # <linux/capability.h>
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 _MOST_DESCRIPTORS = 1_000_000
@@ -252,6 +251,8 @@ class FilesystemFactory:
 
         trusted: what the server may do in the first user namespace counts there.
         """
+        from fusewire.linux.syscalls import CAP_SYS_ADMIN
+
         directory = self._mount.directory
         directory["proc"] = entered.proc
         directory["switch_ids"] = entered.switch_ids
@@ -438,47 +439,16 @@ def _most_descriptors() -> int:
 
 def _in_background(options: ShareOptions, name: str) -> int:
     """Start the daemon and wait until it listens. Gives the exit status of the process that was started."""
-    from fusewire.cli import supervise
-    from fusewire.cli.run import describe, explain
-    from fusewire.linux import process
+    from fusewire.cli import background
 
-    told, tell = os.pipe()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.ENDING)
-    sys.stdout.flush()
-    daemon = os.fork()
-    if daemon == 0:
-        os.close(told)
-        code = EXIT_FAILED
-        try:
-            # Whatever else the caller has open (a lock, a pipe that somebody reads) must not live as long as a share.
-            process.close_inherited_fds({0, 1, 2, tell, *_named_fds(options)})
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            code = _serve(options, name, tell)
-        except OSError as error:
-            _answer(tell, explain(error))
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        except SystemExit as ended:  # the one that serves, for which this process has waited
-            code = ended.code if isinstance(ended.code, int) else EXIT_FAILED
-        except BaseException:  # noqa: BLE001 - the child's last stop
-            import traceback
-
-            _answer(tell, traceback.format_exc())
-        finally:
-            os._exit(code)
-    os.close(tell)
-    answer, ended_by = supervise.read_unless_ended(told)
-    os.close(told)
-    if answer.startswith(b"R"):
-        sys.stdout.write(os.fsdecode(answer[1:]))
-        return 0
-    if ended_by := ended_by or supervise.pending():
-        _give_up(daemon)
-        return supervise.leave(ended_by)
-    _, status = os.waitpid(daemon, 0)
-    text = os.fsdecode(answer[1:]) or f"the daemon died before its socket listened ({describe(status)})"
-    print(f"{name}: {text}", file=sys.stderr)
-    return EXIT_FAILED
+    return background.start(
+        lambda tell: _serve(options, name, tell),
+        keep=_named_fds(options),
+        name=name,
+        died="the daemon died before its socket listened",
+        failed=EXIT_FAILED,
+        give_up=_give_up,
+    )
 
 
 def _named_fds(options: ShareOptions) -> list[int]:
@@ -498,10 +468,3 @@ def _give_up(daemon: int) -> None:
             held.kill(signal.SIGTERM)
             if not held.wait(_GRACE):
                 held.kill(signal.SIGKILL)  # what it leaves is stale, and cleared away by the next one
-
-
-def _answer(tell: int, text: str) -> None:
-    try:
-        os.write(tell, b"E" + os.fsencode(text))
-    except OSError:
-        pass  # it has been told already, and the pipe is closed

@@ -15,7 +15,7 @@ from fusewire.linux import syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from typing import Self
 
 _INT = struct.calcsize("i")
@@ -197,6 +197,29 @@ def above_stdio(fd: int) -> int:
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     os.close(fd)
     return moved
+
+
+def in_child(action: Callable[[int], int]) -> tuple[bytes, int]:
+    """Have a forked child do `action` and end: what it has written to the pipe that it is given, and its wait status.
+
+    The action gives the exit status; one that raises ends it with 1.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(reader)
+            status = action(writer)
+        finally:
+            os._exit(status)
+    os.close(writer)
+    try:
+        answer = read_all(reader)
+    finally:
+        os.close(reader)
+        status = os.waitpid(pid, 0)[1]
+    return answer, status
 
 
 def read_all(fd: int) -> bytes:

@@ -137,26 +137,18 @@ def enter(
 
 def probe(plan: Plan) -> SandboxError | None:
     """Try in a child whether the plan can be carried out here; None if it can. The filter is not tried."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
+
+    def attempt(writer: int) -> int:
         try:
-            os.close(reader)
             enter(plan)
-            status = 0
         except ServerEnded as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
+            return ended.code if isinstance(ended.code, int) else 1
         except SandboxError as error:
             os.write(writer, _pack(error))
-        finally:
-            os._exit(status)
-    os.close(writer)
-    try:
-        answer = process.read_all(reader)
-    finally:
-        os.close(reader)
-        status = os.waitpid(pid, 0)[1]
+            return 1
+        return 0
+
+    answer, status = process.in_child(attempt)
     if answer:
         return _unpack(answer)
     if status:

@@ -262,24 +262,16 @@ def join(pid: int, flags: int = 0) -> None:
 
 def probe(plan: Plan) -> UsernsError | None:
     """Try in a child whether `enter(plan)` works; None if it does."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        status = 1
+
+    def attempt(writer: int) -> int:
         try:
-            os.close(reader)
             enter(plan)
-            status = 0
         except UsernsError as error:
             os.write(writer, "\0".join((str(error.errno), str(error.strerror), error.cause, error.remedy)).encode())
-        finally:
-            os._exit(status)
-    os.close(writer)
-    try:
-        report = process.read_all(reader)
-    finally:
-        os.close(reader)
-        status = os.waitpid(pid, 0)[1]
+            return 1
+        return 0
+
+    report, status = process.in_child(attempt)
     if report:
         number, message, cause, remedy = report.decode().split("\0")
         return UsernsError(int(number), message, cause, remedy)
