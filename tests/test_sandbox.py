@@ -486,6 +486,42 @@ def test_without_a_sandbox_one_process_gives_up_the_same_privileges(user: str, s
         assert box.ask("len(os.listdir('/')) > 1"), "which is what none means"
 
 
+def test_waiter_that_is_slow_to_look_finds_its_server(shared: Path) -> None:
+    code = """
+import os, sys, time
+from fusewire.linux import sandbox, sandbox_enter
+fork = os.fork
+def slow():
+    waits = sys._getframe(1).f_code.co_name == "_wait"
+    pid = fork()
+    if pid and waits:
+        time.sleep(0.3)  # until what this process has started has started the next one, and ended
+    return pid
+os.fork = slow
+plan = sandbox.plan("namespace", shared=os.fsencode(sys.argv[1]))
+print(sandbox_enter.probe(plan), flush=True)
+try:
+    sandbox_enter.enter(plan)
+except sandbox_enter.ServerEnded as ended:
+    sys.exit(ended.code)
+os._exit(7)
+"""
+    process = subprocess.Popen(
+        [*as_nobody(), "-c", code, str(shared)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert (out, process.returncode) == ("None\n", 7), err
+
+
 def test_step_that_fails_is_an_error_of_the_caller_and_leaves_no_process(shared: Path) -> None:
     with Sandboxed("namespace", shared, words_of("nobody"), seccomp_fails=True) as box:
         assert box.error["step"] == "seccomp"

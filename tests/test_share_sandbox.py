@@ -64,7 +64,12 @@ def locked(source: Path, socket: Path, *options: str, words: tuple[str, ...] = (
         yield Locked(process, socket)
     finally:
         process.kill()
-        process.communicate(timeout=PATIENCE)
+        try:
+            process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:  # somebody below it lives on and has its standard error: not this failure's
+            process.stderr.close()
+            process.wait()
+            raise
 
 
 @pytest.fixture

@@ -256,6 +256,8 @@ def _wait(state: _State) -> None:
     state.before = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, held)}
     report_reader, report_writer = (process.above_stdio(fd) for fd in os.pipe())
     life_reader, life_writer = (process.above_stdio(fd) for fd in os.pipe())
+    if state.plan.mode == "namespace":
+        process.become_subreaper()  # before there is a child: the one between may end at any time
     pid = os.fork()
     if pid == 0:
         os.close(report_reader)
@@ -286,7 +288,6 @@ def _see_in(state: _State, pid: int, report: int, lifeline: int) -> int:
     server = pid
     text = b""
     if state.plan.mode == "namespace":
-        process.become_subreaper()
         text = os.read(report, 4096)  # the answer of the process between: a number, or a failure
         os.waitpid(pid, 0)
         # Now the server is our child, and not before: what it ties to its parent from here on is tied to us.
