@@ -458,7 +458,7 @@ def test_signal_ends_a_run_whose_source_hangs(world: World, small: Path, number:
     outer = squashfs_images.mksquashfs(world.home() / "tree", world.home() / "outer.sqsh")
     outer.chmod(0o644)
     found = world.mount(outer, "outer")
-    os.kill(found["pid"], signal.SIGSTOP)
+    os.kill(found["server"], signal.SIGSTOP)
     try:
         script = 'echo "$$"; exec "$@"'
         words = [*world.words()[1], "-m", "fusewire", "run", "outer/inner.sqsh:new/env", "--", "true"]
@@ -469,7 +469,7 @@ def test_signal_ends_a_run_whose_source_hangs(world: World, small: Path, number:
         assert job.wait() == -number
         assert sorted(os.listdir(world.home())) == ["outer", "outer.sqsh", "tree"]
     finally:
-        os.kill(found["pid"], signal.SIGCONT)
+        os.kill(found["server"], signal.SIGCONT)
     assert world.fw("umount", "outer").returncode == 0
 
 
@@ -481,7 +481,7 @@ def test_signal_ends_a_mount_whose_source_hangs(world: World, small: Path, numbe
     outer = squashfs_images.mksquashfs(world.home() / "tree", world.home() / "outer.sqsh")
     outer.chmod(0o644)
     found = world.mount(outer, "outer")
-    os.kill(found["pid"], signal.SIGSTOP)
+    os.kill(found["server"], signal.SIGSTOP)
     others = world.pids()
     try:
         job = world.start("fusewire", "mount", *options, "outer/inner.sqsh", "env", popen={"start_new_session": True})
@@ -495,7 +495,7 @@ def test_signal_ends_a_mount_whose_source_hangs(world: World, small: Path, numbe
         assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
         assert world.pids() == others  # at once
     finally:
-        os.kill(found["pid"], signal.SIGCONT)
+        os.kill(found["server"], signal.SIGCONT)
     assert world.fw("umount", "outer").returncode == 0
     assert not os.path.lexists(world.home() / "env")
 
@@ -513,7 +513,7 @@ def test_signal_ends_a_mount_whose_target_hangs(world: World, small: Path, numbe
     outer = squashfs_images.mksquashfs(world.home() / "tree", world.home() / "outer.sqsh")
     outer.chmod(0o644)
     found = world.mount("-o", "attr_timeout=0,entry_timeout=0", outer, "outer")
-    os.kill(found["pid"], signal.SIGSTOP)
+    os.kill(found["server"], signal.SIGSTOP)
     others = world.pids()
     records = world.records()
     try:
@@ -525,7 +525,7 @@ def test_signal_ends_a_mount_whose_target_hangs(world: World, small: Path, numbe
         assert world.pids() == others
         assert world.records() == records
     finally:
-        os.kill(found["pid"], signal.SIGCONT)
+        os.kill(found["server"], signal.SIGCONT)
     assert world.fw("umount", "outer").returncode == 0
 
 

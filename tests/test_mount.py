@@ -78,14 +78,15 @@ def test_server_is_in_a_session_of_its_own_and_holds_nothing_of_the_callers(
         ended = bool(select.select([reader], [], [], PATIENCE)[0])
         os.close(reader)
         assert ended  # who reads from a pipe of the caller's gets its end
-        pid = found["pid"]
-        assert os.getsid(pid) == pid
-        assert os.readlink(f"/proc/{pid}/cwd") == "/"
-        kinds = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        assert kinds.count(str(small)) == 1
-        assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
-        assert len([kind for kind in kinds if kind.startswith(("pipe:", "/dev/pts"))]) == 0
-        assert len(kinds) < 12
+        for pid, images in ((found["pid"], 0), (found["server"], 1)):
+            assert os.getsid(pid) == pid
+            assert os.readlink(f"/proc/{pid}/cwd") == "/"
+            kinds = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            assert kinds.count(str(small)) == images
+            # In the server's root there is no /dev that it would be in.
+            assert {os.readlink(f"/proc/{pid}/fd/{fd}").removeprefix("/dev") for fd in (0, 1, 2)} == {"/null"}
+            assert len([kind for kind in kinds if kind.startswith(("pipe:", "/dev/pts"))]) == 0
+            assert len(kinds) < 12
 
 
 def test_auto_unmount_and_other_options_work_by_every_strategy(world: World, small: Path, how: dict[str, Any]) -> None:
@@ -592,9 +593,10 @@ def test_working_directory_that_vanished_is_no_obstacle_to_run(world: World, sma
 
 def test_server_is_small_and_named_for_what_it_is(world: World, small: Path) -> None:
     with world.mounted(small, "mnt") as found:
-        assert "mount" in command_line(found["pid"])
-        assert int(status(found["pid"], "VmHWM").split()[0]) < 40 * 1024  # KiB
-        assert status(found["pid"], "NoNewPrivs") == "1"
+        for pid in (found["pid"], found["server"]):
+            assert "mount" in command_line(pid)
+            assert int(status(pid, "VmHWM").split()[0]) < 40 * 1024  # KiB
+            assert status(pid, "NoNewPrivs") == "1"
 
 
 @pytest.fixture(autouse=True)

@@ -398,6 +398,7 @@ def test_the_servers_umask_counts_for_nothing_and_stays(world: World, both: tupl
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert status(found["pid"], "Umask") == "0077"
+        assert status(found["server"], "Umask") == "0000"
     modes = {path.name[0]: oct(path.stat().st_mode & 0o7777) for path in source.iterdir()}
     assert modes == {"f": "0o666", "d": "0o777", "p": "0o666"}
     assert len(list(source.iterdir())) == 24

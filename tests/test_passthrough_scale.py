@@ -54,7 +54,7 @@ def serve(world: World, both: Both, options: str, limit: int = 0) -> Iterator[in
     """Serve as root, in a process that may open `limit` files; the server's pid."""
     wrap = ["prlimit", f"--nofile={limit}:{limit}", "--"] if limit else []
     with world.mounted(*both, "-o", options, "--strategy", "direct", uid=0, wrap=wrap) as found:
-        pid = found["pid"]
+        pid = found["server"]
         if limit:
             assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (limit, limit)
         yield pid

@@ -66,7 +66,7 @@ from fusewire.linux import seccomp_filter
 from fusewire.serve_share import ShareServer
 
 options = share_options.parse([source, "--socket-path", path, *rest], share_options.SHARE)
-factory = share.make_filesystem_factory(options)
+factory = share.Source(options.source, options.mount)
 
 def fault(self, nodeid):
     raise RuntimeError("a fault of the filesystem")

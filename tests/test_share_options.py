@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import fusewire
 from fusewire.cli import share_table
-from fusewire.cli.share import make_filesystem_factory
+from fusewire.cli.source import Source
 from fusewire.cli.share_options import SHARE, VIRTIOFSD, OptionError, describe, parse
 from fusewire.fs.passthrough import Config
 from fusewire.ops import Caller
@@ -485,6 +485,10 @@ def test_any_words_give_options_or_an_error_that_names_one(words):
 # The filesystem
 
 
+def source_of(options):
+    return Source(options.source, options.mount)
+
+
 @pytest.fixture
 def directory(tmp_path):
     place = tmp_path / "share"
@@ -496,7 +500,7 @@ def directory(tmp_path):
 def test_a_directory_is_served_anew_by_each_call_and_stays_the_one_that_was_checked(directory):
     options = parse([str(directory), "--socket-path=s", "--cache=none", "--translate-uid=map:0:0:1", "--readonly"])
     before = len(os.listdir("/proc/self/fd"))
-    factory = make_filesystem_factory(options)
+    factory = source_of(options)
     directory.rename(directory.with_name("moved"))
     directory.mkdir()
     for _ in range(3):
@@ -507,7 +511,7 @@ def test_a_directory_is_served_anew_by_each_call_and_stays_the_one_that_was_chec
         assert filesystem.lookup(CALLER, 1, b"file")[0] > 1
         filesystem.destroy()
     factory.close()
-    unused = make_filesystem_factory(options)
+    unused = source_of(options)
     unused.close()
     unused.close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -517,7 +521,7 @@ def test_an_image_stays_the_one_that_was_opened(tmp_path):
     image = tmp_path / "image"
     shutil.copy(DEMO, image)
     before = len(os.listdir("/proc/self/fd"))
-    factory = make_filesystem_factory(parse([str(image), "--socket-path=s", "-o", "uid=77"]))
+    factory = source_of(parse([str(image), "--socket-path=s", "-o", "uid=77"]))
     first, second = factory(), factory()
     assert first is not second
     for filesystem in (first, second):
@@ -532,11 +536,11 @@ def test_an_image_stays_the_one_that_was_opened(tmp_path):
 
 def test_what_is_wrong_with_the_source_is_said_at_once(tmp_path, directory):
     with pytest.raises(FileNotFoundError, match="nothing"):
-        make_filesystem_factory(parse([str(tmp_path / "nothing"), "--socket-path=s"]))
+        source_of(parse([str(tmp_path / "nothing"), "--socket-path=s"]))
     with pytest.raises(OSError, match="`uid=` is for images"):
-        make_filesystem_factory(parse([str(directory), "--socket-path=s", "-o", "uid=5"]))
+        source_of(parse([str(directory), "--socket-path=s", "-o", "uid=5"]))
     with pytest.raises(OSError, match="file: "):
-        make_filesystem_factory(parse([str(directory / "file"), "--socket-path=s"]))
+        source_of(parse([str(directory / "file"), "--socket-path=s"]))
 
 
 # The programs, as far as they need no guest
@@ -613,9 +617,9 @@ def test_arguments_for_qemu_can_be_pasted(tmp_path):
 
 def test_the_way_to_a_share_loads_nothing_heavy():
     code = (
-        "import sys; from fusewire.cli.share import make_filesystem_factory, share_options; "
-        "import fusewire.linux.listening;"
-        "factory = make_filesystem_factory(share_options.parse(sys.argv[1:])); factory.close(); print(*sys.modules)"
+        "import sys; from fusewire.cli.share import Source, share_options; "
+        "import fusewire.linux.listening; options = share_options.parse(sys.argv[1:]);"
+        "source = Source(options.source, options.mount); source.close(); print(*sys.modules)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code, os.path.dirname(__file__), "--socket-path=s"],

@@ -571,7 +571,7 @@ def test_fifty_mounts_leave_nothing(world: World, small: Path) -> None:
 
 def test_server_of_many_requests_keeps_its_descriptors_and_threads(world: World, small: Path) -> None:
     with world.mounted("-o", COLD, small, "mnt") as found:
-        pid = found["pid"]
+        pid = found["server"]
         world.sh("cat mnt/data mnt/hello.txt >/dev/null; ls -lR mnt/ >/dev/null")
         before = (len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
         assert world.sh("for i in 1 2 3 4 5; do cat mnt/data; ls -lR mnt/; done >/dev/null").returncode == 0
@@ -604,7 +604,7 @@ def large(images: Path) -> Path:
 def test_memory_of_the_server_is_bounded_however_large_the_image(world: World, large: Path, cache: int) -> None:
     with world.mounted("-o", f"cache_size={cache}M", large, "mnt") as found:
         assert world.sh("for f in mnt/*; do cat $f >/dev/null & done; wait").stderr == ""
-        peak = int(status(found["pid"], "VmHWM").split()[0]) / 1024
+        peak = int(status(found["server"], "VmHWM").split()[0]) / 1024
         assert peak < cache + 60
 
 
@@ -653,7 +653,7 @@ def test_damaged_images_give_errors_and_the_server_lives(world: World, victims: 
         assert done.returncode == 0, (seed, done.stderr)
         assert set(json.loads(done.stdout)) <= {"ok", "EIO", "ENOENT", "EINVAL", "ENAMETOOLONG", "ELOOP", "ENOTDIR"}
         assert [row["state"] for row in world.listed()] == ["serving"]
-        assert int(status(found["pid"], "VmHWM").split()[0]) < 110 * 1024
+        assert int(status(found["server"], "VmHWM").split()[0]) < 110 * 1024
         assert world.fw("umount", "mnt").returncode == 0
         walked += 1
     assert refused + walked == 10

@@ -46,15 +46,18 @@ class Server:
         log: Log | None = None,
         max_write: int = 1 << 20,
         owner: tuple[int, int] | None = None,
+        devices: list[int] | None = None,
     ) -> None:
         """Take over `fd` (closed by `close`) and the filesystem (`destroy` is called once, at the end).
 
-        With `owner` (uid and gid in the mount's user namespace) only that user and root get in: see `guarded`.
+        devices: descriptors of /dev/fuse that nothing is mounted with, taken over too: `clone_fd` makes its clones of
+        these then, and opens none. With `owner` (uid and gid in the mount's user namespace) only that user and root get
+        in: see `guarded`.
         """
         self.session = Session(operations, log=log, max_write=max_write)
         if owner is not None:
             self.session.handle = guarded(self.session.handle, *owner)  # type: ignore[method-assign, assignment]
-        self.channel = Channel(fd, self.session, clone_fd=clone_fd)
+        self.channel = Channel(fd, self.session, clone_fd=clone_fd, devices=devices)
         self.threads = max(1, threads)
         self.started = time.monotonic()
         self.failure: BaseException | None = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from fusewire.cli.options import MountOptions
+    from fusewire.cli.server_process import Locks
 
 _EPILOG = """\
 examples:
@@ -113,6 +114,7 @@ def _parser() -> _Parser:
     run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image or directory, and where it appears")
     _add_options(run)
     _add_maps(run)
+    _add_locks(run)
     run.add_argument("--pid", action="store_true", help="own PID namespace, with a /proc of its own and a reaping init")
     run.add_argument(
         "--wait",
@@ -128,6 +130,7 @@ def _parser() -> _Parser:
     mount.add_argument("target", metavar="TARGET", help="an empty directory, a missing name, or /dev/fd/N")
     _add_options(mount)
     _add_maps(mount)
+    _add_locks(mount)
     mount.add_argument(
         "--strategy",
         choices=("auto", "fd", "direct", "fusermount3", "namespace"),
@@ -164,7 +167,12 @@ def _parser() -> _Parser:
     info.add_argument("--json", action="store_true")
 
     doctor = add("doctor", _doctor, "check and explain what rootless mounting needs, and try each way", None)
-    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument(
+        "--share",
+        metavar="DIR",
+        help="say which sandboxes a share of DIR (or of an image) can have here, and what each protects",
+    )
+    doctor.add_argument("--json", action="store_true", help="print all of it, for a program")
 
     add("demo", _demo, "show the main job with a small image that comes with Fusewire", None)
     return parser
@@ -194,6 +202,30 @@ def _add_maps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--squash-owner", action="store_true", help="all files of the image belong to the caller (-o squash_owner)"
     )
+
+
+def _add_locks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sandbox",
+        choices=("auto", "namespace", "chroot", "none"),
+        default="auto",
+        help="where the server of the mount is locked in; auto: as far as it costs no function",
+    )
+    parser.add_argument(
+        "--landlock", choices=("auto", "require", "off"), default="auto", help="and whether Landlock keeps it there too"
+    )
+    parser.add_argument(
+        "--seccomp",
+        choices=("auto", "kill", "trap", "log", "none"),
+        default="auto",
+        help="what becomes of it at a system call that it does not need (auto: kill, if there is libseccomp)",
+    )
+
+
+def _locks(arguments: argparse.Namespace) -> Locks:
+    from fusewire.cli.server_process import Locks
+
+    return Locks(arguments.sandbox, arguments.landlock, arguments.seccomp)
 
 
 def _maps(arguments: argparse.Namespace) -> str:
@@ -244,6 +276,7 @@ def _run(arguments: argparse.Namespace, parser: _Parser) -> int:
         wait_all=arguments.wait == "all",
         environment=environment,
         cwd=arguments.cwd,
+        locks=_locks(arguments),
     )
     code = run(job)
     # Nothing is left that the interpreter's own end would have to do, and it would take longer than the rest.
@@ -272,6 +305,7 @@ def _mount(arguments: argparse.Namespace, parser: _Parser) -> int:
             foreground=arguments.foreground or options.debug,  # its standard error is what was asked for
             as_json=arguments.json,
             program=os.environ.get("FUSERMOUNT_PROG"),
+            locks=_locks(arguments),
         )
     )
 
@@ -315,6 +349,10 @@ def _info(arguments: argparse.Namespace, parser: _Parser) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, parser: _Parser) -> int:
+    if arguments.share is not None:
+        from fusewire.cli.doctor_share import doctor_share
+
+        return doctor_share(arguments.share, json=arguments.json)
     from fusewire.cli.doctor import doctor
 
     return doctor(json=arguments.json)

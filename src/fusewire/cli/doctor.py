@@ -464,15 +464,15 @@ def doctor(json: bool = False, probe: Probe | None = None) -> int:
         print(dumps(found, indent=1))
         return 0 if found["ok"] else 1
     for row in found["checks"]:
-        _say(row["verdict"], row["name"], row["finding"])
+        say(row["verdict"], row["name"], row["finding"])
         if row["verdict"] != OK:
-            _say("", "", row["meaning"])
-            _say("", "", row["remedy"], "-> ")
+            say("", "", row["meaning"])
+            say("", "", row["remedy"], "-> ")
     print("\ntried for real:")
     for trial in found["trials"]:
         name = "fusewire run" if trial["name"] == "run" else f"strategy {trial['name']}"
-        _say("works" if trial["ok"] else "fails", name, trial["finding"])
-        _say("", "", trial["remedy"], "-> ")
+        say("works" if trial["ok"] else "fails", name, trial["finding"])
+        say("", "", trial["remedy"], "-> ")
     print()
     chosen = found["mount"]
     print(f"fusewire mount: will use the strategy {chosen}" if chosen else "fusewire mount: does not work here")
@@ -480,7 +480,8 @@ def doctor(json: bool = False, probe: Probe | None = None) -> int:
     return 0 if found["ok"] else 1
 
 
-def _say(verdict: str, name: str, text: str, arrow: str = "") -> None:
+def say(verdict: str, name: str, text: str, arrow: str = "") -> None:
+    """Print a row, or a line of what belongs to one: both names are empty then. Nothing for nothing."""
     if not (verdict or text):
         return
     head = f"{verdict:<9}{name:<25}"

@@ -69,7 +69,8 @@ def _ask_all(records: list[state.Record]) -> list[dict[str, Any] | str]:
 
     def ask(index: int) -> None:
         try:
-            answers[index] = control.control(records[index].control, {"command": "status"}, _PATIENCE)
+            answer = control.control(records[index].control, {"command": "status"}, _PATIENCE)
+            answers[index] = answer if answer.get("ok") else "no answer"
         except OSError:
             answers[index] = "no answer" if state.alive(records[index]) else "dead"
 
@@ -101,6 +102,8 @@ def _row(record: state.Record, answer: dict[str, Any] | str) -> dict[str, Any]:
         "state": "serving" if serving else answer,
         "strategy": record.strategy,
         "pid": record.pid,
+        "server": record.server or record.pid,
+        "sandbox": record.sandbox,
         "uptime": None if answer == "dead" else max(0.0, round(time.time() - record.mounted_at, 3)),
         "requests": answer.get("requests") if isinstance(answer, dict) else None,
         "path": record.outside or record.target,

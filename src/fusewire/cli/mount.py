@@ -6,7 +6,6 @@ The server is the holder of the mount, in a session of its own; it never looks i
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ import time
 
 from fusewire.cli import background, state
 from fusewire.cli.control import ControlServer
-from fusewire.cli.run import explain
+from fusewire.cli.run import describe, explain
 from fusewire.cli.supervise import EXIT_FAILED
 from fusewire.linux import process
 
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from fusewire.cli.options import MountOptions
+    from fusewire.cli.server_process import Locks, ServerProcess
+    from fusewire.cli.source import Source
     from fusewire.linux.mount_base import Mount
-    from fusewire.ops import Operations
-    from fusewire.serve import Server
 
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 _PATIENCE = 5.0
@@ -35,7 +34,7 @@ _GRACE = 0.5
 class Job:
     """What to mount where, and how."""
 
-    __slots__ = ("as_json", "foreground", "maps", "options", "program", "source", "strategy", "target")
+    __slots__ = ("as_json", "foreground", "locks", "maps", "options", "program", "source", "strategy", "target")
 
     def __init__(
         self,
@@ -48,7 +47,9 @@ class Job:
         foreground: bool = False,
         as_json: bool = False,
         program: str | None = None,
+        locks: Locks | None = None,
     ) -> None:
+        self.locks = locks
         self.source = source
         self.target = target
         self.options = options
@@ -159,12 +160,12 @@ class _Daemon:
         self.store = state.of_user(os.environ)
         self.record: state.Record | None = None
         self.mount: Mount | None = None
-        self.server: Server | None = None
+        self.server: ServerProcess | None = None
 
     def run(self, tell: int | None) -> None:
         """Mount, report, serve until the mount is gone, clear up."""
         from fusewire.cli.serving import own_ids_inside
-        from fusewire.fs.sources import open_source
+        from fusewire.cli.source import Source
 
         control = None
         process.allow_owner()
@@ -174,11 +175,11 @@ class _Daemon:
         if callable(on_interrupt):  # Python's own, which would wait for what hangs
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         own_ids_inside(self.job.options, self.job.maps)
-        filesystem = open_source(self.job.source, self.job.options)
+        source = Source(self.job.source, self.job.options)
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         signal.signal(signal.SIGINT, on_interrupt)
         try:
-            report = self._begin(filesystem)
+            report = self._begin(source)
             assert self.record is not None
             control = ControlServer(self.record.control, {"status": self._status, "umount": self._umount})
             control.start()
@@ -197,9 +198,10 @@ class _Daemon:
             if self.record is not None and not (self.mount is not None and self.mount.stays):
                 self.store.remove(self.record)  # else `umount` does it, or it is listed as dead
 
-    def _begin(self, filesystem: Operations) -> str:
+    def _begin(self, source: Source) -> str:
         from fusewire.cli.run import plan_of
-        from fusewire.cli.serving import kernel_options, make_server, speak_ids, tune_process
+        from fusewire.cli.server_process import Locks, ServerProcess
+        from fusewire.cli.serving import kernel_options, spare_devices
         from fusewire.linux import mount
 
         job = self.job
@@ -209,6 +211,13 @@ class _Daemon:
         )
         options = kernel_options(job.options, job.source)
         os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
+        locks = job.locks or Locks()
+
+        def start() -> ServerProcess:
+            return ServerProcess([source], job.options, locks, silent=not job.foreground)
+
+        if source.directory is None:
+            self.server = start()  # locks itself in while we mount
         self.mount = held = mount.mount(
             os.fsencode(target),
             options,
@@ -218,15 +227,17 @@ class _Daemon:
             program=job.program,
             aside=None if record.created is None else os.fsencode(record.created["aside"]),
         )
-        tune_process()
-        speak_ids(filesystem, os.getpid())
-        self.server = server = make_server(filesystem, held.fd, job.options)
+        if self.server is None:
+            self.server = start()  # as one of the mount's namespace
+        server = self.server
         server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
-        looker = 0 if filesystem.read_only else _first_looker(held.inside)
-        server.start()
-        if not server.wait_ready():
-            server.wait()
-            raise OSError(errno.EIO, "the mount ended before it was ready")
+        looker = _first_looker(held.inside) if source.directory is not None and not source.read_only else 0
+        devices = spare_devices(job.options, source.workers)
+        try:
+            server.add(0, [held.fd, *devices], os.getpid())
+        finally:
+            for fd in devices:
+                os.close(fd)
         if looker:
             os.waitpid(looker, 0)
         record.strategy = held.strategy
@@ -234,6 +245,8 @@ class _Daemon:
         record.inside = os.fsdecode(held.inside)
         record.mount = held.record()
         record.mounted_at = time.time()
+        record.server = server.pid
+        record.sandbox = server.summary
         record.served_by(os.getpid())
         self.store.save(record)
         return self._report(record)
@@ -249,6 +262,7 @@ class _Daemon:
                         "target": record.target,
                         "strategy": record.strategy,
                         "pid": record.pid,
+                        "server": record.server,
                         "path": record.outside or record.target,
                         "id": record.id,
                     }
@@ -269,20 +283,22 @@ class _Daemon:
                 return
             if signal.sigtimedwait(_ENDING, idle) is not None:
                 return
-            if self.server.requests == seen:
-                try:
-                    self.mount.unmount()
-                except OSError:
-                    continue  # somebody has a file open, or works there
-                return
-            seen = self.server.requests
+            try:
+                before, seen = seen, self.server.counts()[0]
+                if seen != before:
+                    continue
+                self.mount.unmount()
+            except OSError:
+                continue  # it hangs; or somebody has a file open, or works there
+            return
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.server is not None
+        requests, bad_replies = self.server.counts()
         return {
-            "requests": self.server.requests,
+            "requests": requests,
             "uptime": time.monotonic() - self.server.started,
-            "bad_replies": self.server.session.bad_replies,
+            "bad_replies": bad_replies,
         }
 
     def _umount(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -298,9 +314,18 @@ class _Daemon:
         return {}
 
     def _clear_up(self) -> None:
-        if self.mount is None:
-            return
-        patience = 0.0 if self.mount.strategy == "fd" else _PATIENCE  # that one stays mounted, and nobody leaves it
+        died = self.server.died if self.server is not None else 0
+        if died:
+            print(f"fusewire: the server of {self.job.target} has died ({describe(died)})", file=sys.stderr)
+        if self.mount is not None:
+            self._unmount(0.0 if died else _PATIENCE)
+        elif self.server is not None:
+            self.server.close()
+
+    def _unmount(self, patience: float) -> None:
+        assert self.mount is not None
+        if self.mount.strategy == "fd":
+            patience = 0.0  # that one stays mounted, and nobody leaves it
         try:
             # Lazily: we are leaving, and with the last descriptor whoever is still inside gets ENOTCONN.
             self.mount.unmount(lazy=True)
@@ -309,6 +334,7 @@ class _Daemon:
             print(f"fusewire: {explain(error)}", file=sys.stderr)
         if self.mount.stays:
             patience = 0.0
-        if self.server is not None and not self.server.wait_end(patience):
-            self.server.session.close()
+        if self.server is not None:
+            self.server.wait_end(patience)
+            self.server.close()
         self.mount.close()

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from fusewire.cli.options import MountOptions
+    from fusewire.cli.server_process import Locks
     from fusewire.linux.shadow import Shadow
     from fusewire.linux.userns import Plan
-    from fusewire.serve import Server
 
 
 _PATIENCE = 1.0  # seconds that a killed process may take to end; one that hangs in the kernel takes longer
@@ -48,7 +48,7 @@ class Spec:
 class Run:
     """What to run, where, with which mounts."""
 
-    __slots__ = ("command", "cwd", "environment", "maps", "options", "own_pids", "specs", "wait_all")
+    __slots__ = ("command", "cwd", "environment", "locks", "maps", "options", "own_pids", "specs", "wait_all")
 
     def __init__(
         self,
@@ -61,7 +61,9 @@ class Run:
         wait_all: bool = False,
         environment: dict[str, str] | None = None,
         cwd: str | None = None,
+        locks: Locks | None = None,
     ) -> None:
+        self.locks = locks
         self.specs = specs
         self.command = command
         self.options = options
@@ -261,7 +263,9 @@ def _is_marked(target: str) -> bool:
 def describe(status: int) -> str:
     """Say how a process ended, from its wait status."""
     if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        name = signal.Signals(os.WTERMSIG(status)).name
+        hint = ": a system call that its filter does not allow, --seccomp trap names it" if name == "SIGSYS" else ""
+        return f"killed by {name}{hint}"
     return f"exit status {os.waitstatus_to_exitcode(status)}"
 
 
@@ -397,38 +401,51 @@ def _serve(job: Run, socket: int, supervisor: int, mask: set[signal.Signals]) ->
 
 
 def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes], locks: list[int]) -> None:
-    """Open the sources, take the descriptors, serve until the mounts are gone.
+    """Open the sources, start servers, hand them the descriptors, wait until the mounts are gone.
 
     What the command's side tells of its namespace and its mount points is added to the lists.
     """
-    from fusewire.cli.serving import make_server, own_ids_inside, speak_ids, tune_process
-    from fusewire.fs.sources import open_source
+    from fusewire.cli.server_process import Locks, ServerProcess
+    from fusewire.cli.serving import own_ids_inside
+    from fusewire.cli.source import Source
 
     own_ids_inside(job.options, job.maps)
     try:
-        filesystems = [open_source(spec.source, job.options) for spec in job.specs]
+        sources = [Source(spec.source, job.options) for spec in job.specs]
     except OSError as error:
         raise Refused(explain(error)) from error
-    tune_process()
-    servers: list[Server] = []
+    how = job.locks or Locks()
+    owner = (0, 0) if "root" in job.maps else None
+    # One process for all images, whose server has no other files; one for each directory, the only one that it sees.
+    images = [source for source in sources if source.directory is None]
+    groups = [images] * bool(images) + [[source] for source in sources if source.directory is not None]
+    place = {}
+    try:
+        for group in groups:
+            server = ServerProcess(group, job.options, how, owner)
+            # A thread that waits for a lock does not hear a signal that another one takes: the main thread waits for
+            # the signal itself, and each connection that ends sends one.
+            server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+            place.update({source: (server, at) for at, source in enumerate(group)})
+    except OSError as error:
+        raise Refused(explain(error)) from error
+    servers = {server for server, _ in place.values()}
     # One after the other: a mount point inside another mount can only be found once that one is served.
-    for spec, filesystem in zip(job.specs, filesystems, strict=True):
-        data, fds = process.recv_fds(socket, 65536, 2)
+    for spec, source in zip(job.specs, sources, strict=True):
+        data, fds = process.recv_fds(socket, 65536, 253)
         if not fds:
             return  # the command's side failed and has said so
-        name, _, pid = data.partition(b" ")
+        name, pid, held = data.split(b" ")
         namespace.append(name)
-        locks += fds[1:]
-        speak_ids(filesystem, int(pid))
-        server = make_server(filesystem, fds[0], job.options, (0, 0) if "root" in job.maps else None)
-        # A thread that waits for a lock does not hear a signal that another one takes: the main thread waits for the
-        # signal itself, and each server that ends sends one.
-        server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
-        server.start()
-        servers.append(server)
-        if not server.wait_ready():
-            server.wait()
-            raise Refused(f"{spec.source}: the mount ended before it was ready")
+        cut = len(fds) - int(held)
+        locks += fds[cut:]
+        server, at = place[source]
+        try:
+            server.add(at, fds[:cut], int(pid))
+        except OSError as error:
+            raise Refused(f"{spec.source}: {explain(error)}") from error
+        for fd in fds[:cut]:
+            os.close(fd)
         os.write(socket, b"R")
     os.close(socket)
     while not all(server.wait_end(0) for server in servers):
@@ -437,8 +454,11 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
         sender = signal.sigwaitinfo({signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}).si_pid
         if sender == supervisor or os.getppid() != supervisor:
             break
+    died = [server.died for server in servers if server.died]
     for server in servers:
-        server.session.close()
+        server.close()
+    if died:  # as it has: the supervisor tells the person
+        os._exit(supervise.leave(died[0]))
 
 
 # The command
@@ -447,7 +467,7 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
 def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], complain: int) -> None:
     """Make the namespaces and the mounts, wait until they are served, and become the command."""
     process.set_pdeathsig(signal.SIGKILL, supervisor)
-    from fusewire.cli.serving import first_look, kernel_options
+    from fusewire.cli.serving import first_look, kernel_options, spare_devices
     from fusewire.linux import mount, shadow, syscalls, userns
 
     plan = plan_of(job.maps)
@@ -471,10 +491,11 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     for spec in job.specs:
         target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
         held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
-        _hand_over(socket, namespace, [held.fd, *lock])
+        devices = spare_devices(job.options)
+        _hand_over(socket, b"%s %d" % (namespace, len(lock)), [held.fd, *devices, *lock])
         first_look(target)
         held.close()
-        for fd in lock:
+        for fd in (*devices, *lock):
             os.close(fd)
     places.seal()
     os.close(socket)

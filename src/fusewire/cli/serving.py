@@ -60,11 +60,27 @@ def own_ids_inside(options: MountOptions, maps: str) -> None:
         options.gid = 0 if options.gid is None else options.gid
 
 
-def speak_ids(filesystem: Operations, pid: int) -> None:
-    """Have a filesystem of the host's files speak the ids of the user namespace that process `pid` is in."""
+def speak_ids(filesystem: Operations, maps: tuple[str, str, bool]) -> None:
+    """Have a filesystem of the host's files speak the ids of a user namespace, from `userns.maps_of`."""
     serve_namespace = getattr(filesystem, "serve_namespace", None)
     if serve_namespace is not None:
-        serve_namespace(pid)
+        serve_namespace(*maps)
+
+
+def log_to_stderr(message: str, error: BaseException | None = None) -> None:
+    """Report a fault of a session, with the places that an exception has come through.
+
+    Not by the traceback module, which takes as long to load as all the rest of a mount, and reads files.
+    """
+    lines = [f"fusewire: {message}"]
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        lines.append(f"  {code.co_filename}:{trace.tb_lineno} in {code.co_qualname}")
+        trace = trace.tb_next
+    if error is not None:
+        lines.append(f"  {type(error).__name__}: {error}")
+    os.write(2, os.fsencode("\n".join(lines) + "\n"))
 
 
 def first_look(path: bytes) -> None:
@@ -93,10 +109,13 @@ def tune_process() -> None:
     gc.set_threshold(20_000, 50, 100)
 
 
-def make_server(filesystem: Operations, fd: int, options: MountOptions, owner: tuple[int, int] | None = None) -> Server:
-    """Make the server of one mount; it takes over `fd` and the filesystem.
+def make_server(
+    filesystem: Operations, fd: int, options: MountOptions, owner: tuple[int, int], devices: list[int] | None = None
+) -> Server:
+    """Make the server of one mount; it takes over `fd`, `devices` and the filesystem.
 
-    owner: the uid and gid of the mount's owner in its user namespace, where that is not this process's.
+    owner: the uid and gid of the mount's owner in its user namespace. devices: more descriptors of /dev/fuse, for
+    workers that get one of their own.
     """
     from fusewire import serve
 
@@ -106,7 +125,9 @@ def make_server(filesystem: Operations, fd: int, options: MountOptions, owner: t
         threads=options.max_threads or filesystem.workers or serve.DEFAULT_THREADS,
         clone_fd=options.clone_fd,
         debug=options.debug,
-        owner=(owner or (os.getuid(), os.getgid())) if options.allow_root else None,
+        log=log_to_stderr,
+        owner=owner if options.allow_root else None,
+        devices=devices,
     )
     session = server.session
     if options.max_readahead is not None:
@@ -117,3 +138,17 @@ def make_server(filesystem: Operations, fd: int, options: MountOptions, owner: t
     if options.congestion_threshold is not None:
         session.congestion_threshold = options.congestion_threshold
     return server
+
+
+def spare_devices(options: MountOptions, workers: int = 0) -> list[int]:
+    """Open what the workers of a server with `clone_fd` need, in the user namespace of its mount; or nothing.
+
+    The kernel makes no clone of one that was opened in another (fuse_dev_ioctl_clone), and a server that is locked in
+    cannot open any.
+    """
+    if not options.clone_fd:
+        return []
+    from fusewire import serve
+    from fusewire.linux.mount_base import open_device
+
+    return [open_device() for _ in range(min(250, (options.max_threads or workers or serve.DEFAULT_THREADS) - 1))]

@@ -14,6 +14,7 @@ import sys
 from fusewire.cli import share_options, share_sandbox
 from fusewire.cli.options import OptionError
 from fusewire.cli.share_options import LEVELS, SHARE, ShareOptions
+from fusewire.cli.source import Source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from fusewire.linux.listening import Listening, PidFile
-    from fusewire.linux.sandbox_enter import Entered
-    from fusewire.ops import Operations
     from fusewire.serve_share import ShareServer
 
 EXIT_FAILED = 1
@@ -200,92 +199,6 @@ def _mode(fd: int) -> int:
         return 0
 
 
-# The filesystem
-
-
-class FilesystemFactory:
-    """Makes the filesystem anew for every guest: handles and lookups of the one before are not the next one's.
-
-    The source is held open, so that it stays the one that was checked, whatever its path leads to later, and can be
-    served where there are no paths any more.
-    """
-
-    def __init__(self, options: ShareOptions) -> None:
-        """Open the source, and make the first filesystem at once: what is wrong with it is to be said now."""
-        self._source = os.path.abspath(options.source)
-        self._mount = options.mount
-        self._fd = -1
-        self._is_directory = os.path.isdir(self._source)
-        self._first: Operations | None = None
-        try:
-            from fusewire.fs import sources
-
-            self._fd = sources.open_fd(self._source)
-            self._first = self._open()
-        except BaseException:
-            self.close()
-            raise
-
-    def __call__(self) -> Operations:
-        """Give a filesystem; its user ends it by `destroy`."""
-        first, self._first = self._first, None
-        return self._open() if first is None else first
-
-    def _open(self) -> Operations:
-        from fusewire.fs import sources
-
-        return sources.open_opened(os.dup(self._fd), self._source, self._mount)
-
-    @property
-    def directory(self) -> int | None:
-        """The directory's descriptor; None for an image."""
-        return self._fd if self._is_directory else None
-
-    @property
-    def files(self) -> list[int]:
-        """The descriptors that have to stay, but for a directory's."""
-        return [] if self._is_directory else [self._fd]
-
-    def move_in(self, entered: Entered, *, trusted: bool) -> None:
-        """Go on inside a sandbox, where a directory's descriptor stands for the new root.
-
-        trusted: what the server may do in the first user namespace counts there.
-        """
-        from fusewire.linux.syscalls import CAP_SYS_ADMIN
-
-        directory = self._mount.directory
-        directory["proc"] = entered.proc
-        directory["switch_ids"] = entered.switch_ids
-        directory["trusted"] = trusted and bool(entered.capabilities >> CAP_SYS_ADMIN & 1)
-
-    def let_go(self) -> None:
-        """Close the source, in a process that only waits for the one that serves it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def close(self) -> None:
-        """Let go of the source. Filesystems that were given out live on."""
-        self.drop_first()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def drop_first(self) -> None:
-        """End the filesystem that showed that the source can be served."""
-        first, self._first = self._first, None
-        if first is not None:
-            first.destroy()
-
-
-def make_filesystem_factory(options: ShareOptions) -> FilesystemFactory:
-    """Give what makes the filesystem of these options; it can be called again, for a reboot or the next client.
-
-    Raises OSError that names the source.
-    """
-    return FilesystemFactory(options)
-
-
 # Serving
 
 
@@ -316,7 +229,7 @@ def _serve(options: ShareOptions, name: str, tell: int | None) -> int:
     on_interrupt = signal.getsignal(signal.SIGINT)
     if callable(on_interrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    factory = make_filesystem_factory(options)
+    factory = Source(options.source, options.mount)
     listening: Listening | None = None
     pid_file: PidFile | None = None
     try:
@@ -356,9 +269,7 @@ def _listen(options: ShareOptions) -> Listening:
     return listening.listen(path, mode=options.socket_mode, group=options.socket_group)
 
 
-def _make_server(
-    options: ShareOptions, factory: FilesystemFactory, listening: Listening, messages: Messages
-) -> ShareServer:
+def _make_server(options: ShareOptions, factory: Source, listening: Listening, messages: Messages) -> ShareServer:
     from fusewire.cli.serving import tune_process
     from fusewire.serve_share import ShareServer
 

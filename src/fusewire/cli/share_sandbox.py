@@ -12,11 +12,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fusewire.cli.share import FilesystemFactory, Messages
+    from fusewire.cli.share import Messages
     from fusewire.cli.share_options import ShareOptions
+    from fusewire.cli.source import Source
     from fusewire.linux.listening import Listening, PidFile
     from fusewire.linux.sandbox import Plan
-    from fusewire.linux.sandbox_enter import Entered
+    from fusewire.linux.sandbox_steps import Entered
 
 
 def plan_for(options: ShareOptions, shared: int | None) -> Plan:
@@ -45,7 +46,7 @@ def plan_for(options: ShareOptions, shared: int | None) -> Plan:
 
 def enter(
     options: ShareOptions,
-    factory: FilesystemFactory,
+    factory: Source,
     listening: Listening,
     pid_file: PidFile | None,
     messages: Messages,
@@ -64,6 +65,7 @@ def enter(
     for note in plan.notes:
         messages.say("info", f"sandbox: {note}")
     first_namespace = in_first_namespace() and not plan.new_user
+    factory.drop_first()  # its descriptors would be closed under it
     keep = [listening.fileno(), *factory.files, *messages.files]
     if tell is not None:
         keep.append(tell)
@@ -84,7 +86,6 @@ def enter(
         if tell is not None:
             os.close(tell)
 
-    factory.drop_first()  # its descriptors would be closed under it
     entered = sandbox_enter.enter(
         plan,
         keep=keep,

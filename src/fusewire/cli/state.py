@@ -46,6 +46,8 @@ _FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {
     "mount": (_DICT, None),
     "mounted_at": ((int, float), 0.0),
     "fstype": ((str,), "fuse.fusewire"),
+    "server": ((int,), 0),
+    "sandbox": ((str,), ""),
 }
 
 
@@ -55,7 +57,8 @@ class Record:
     created: what was at the target before, {"place": its path without symlinks, "parent": the identity of the
     directory that it is in, "kind": "missing" | "empty-directory", "mode": int | None, "aside": the name by which an
     empty directory is kept while a link is in its place, "mount_id": of what was mounted there, or None}. mount: what
-    `fusewire.linux.mount.clean_up` needs when the server is dead. pidns: the PID namespace that `pid` is a number of.
+    `fusewire.linux.mount.clean_up` needs when the holder is dead. pid: the process that holds the mount; pidns: the PID
+    namespace that this is a number of. server: the process that answers requests, and `sandbox` how it is locked in.
     directory: where this record lives; it is not written into it.
     """
 
@@ -74,6 +77,8 @@ class Record:
     mount: dict[str, Any] | None
     mounted_at: float
     fstype: str
+    server: int
+    sandbox: str
 
     def __init__(self, directory: str, **fields: Any) -> None:
         """Make a record of the named fields. Raises TypeError for a name that is none."""

@@ -14,7 +14,8 @@ A server of a directory reaches what its descriptors stand for by their names in
 system has no other way (setxattr(2) and its like before Linux 6.13). In the two modes with a root of their own there is
 no /proc: the working directory is /proc/self/fd, and the path of descriptor 7 is `7`. In `namespace` it is a mount of
 nothing else, whose `..` is itself. In `chroot` it is the machine's, and its `..` leads out of the root: a guest's names
-never hold a `..`, but whoever has the server execute code of his own gets out, unless Landlock stops him.
+never hold a `..`, but whoever has the server execute code of his own gets out. Landlock lets him open nothing there;
+what it does not see (chmod(2), chown(2), setxattr(2) by path) a server that is root can still do.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class Plan:
 
     shared: the directory, by path or descriptor; None for a server that needs no files but its open ones. keep: the
     mask of capabilities. uids, gids: the maps of a new user namespace, () without one; helpers: newuidmap(1) writes
-    them. landlock: the ABI version to use, 0 for none. notes: what is weaker here than it could be. refused: pairs of
-    a stronger mode and the reason why it is not this one.
+    them. landlock: the ABI version to use, 0 for none. readable: directories outside that Landlock is to let it read.
+    child: the server is a child of whoever asks for it, whatever the mode. notes: what is weaker here than it could be.
+    refused: pairs of a stronger mode and the reason why it is not this one.
     """
 
     __slots__ = (
+        "child",
         "dumpable",
         "gids",
         "helpers",
@@ -78,6 +81,7 @@ class Plan:
         "landlock",
         "mode",
         "notes",
+        "readable",
         "refused",
         "rlimit_nofile",
         "shared",
@@ -97,9 +101,11 @@ class Plan:
         self.gids: tuple[IdMap, ...] = ()
         self.helpers = False
         self.landlock = 0
+        self.readable: tuple[bytes, ...] = ()
         self.rlimit_nofile: int | None = None
         self.writable = True
         self.dumpable = False
+        self.child = False
 
     @property
     def confined(self) -> bool:
@@ -133,6 +139,7 @@ class Asked:
     __slots__ = (
         "abi",
         "changes",
+        "child",
         "dumpable",
         "effective",
         "egid",
@@ -142,6 +149,7 @@ class Asked:
         "landlock",
         "landlock_missing",
         "permitted",
+        "readable",
         "rlimit_nofile",
         "shared",
         "uid_map",
@@ -150,6 +158,7 @@ class Asked:
 
     abi: int
     changes: tuple[tuple[str, bool], ...]
+    child: bool
     dumpable: bool
     effective: int
     egid: int
@@ -159,6 +168,7 @@ class Asked:
     landlock: str
     landlock_missing: str
     permitted: int
+    readable: tuple[bytes, ...]
     rlimit_nofile: int | None
     shared: bytes | int | None
     uid_map: tuple[IdMap, ...]
@@ -184,7 +194,9 @@ def plan(
     landlock_abi: int | None = None,
     rlimit_nofile: int | None = None,
     writable: bool = True,
+    readable: Iterable[bytes] = (),
     dumpable: bool = False,
+    child: bool = False,
     attempt: Callable[[Plan], SandboxError | None] | None = None,
 ) -> Plan:
     """The steps into a mode: namespace, chroot, none, or auto for the first of these that works.
@@ -193,8 +205,9 @@ def plan(
     capabilities, landlock_abi: those of this process and kernel, if they are not given. uid_map, gid_map: (inside,
     outside, count) of the user namespace. modcaps: `+x:-y`, or pairs of a name and whether to keep it. handles: file
     handles will be opened. landlock: auto, require or off. rlimit_nofile: how many descriptors may be open; None
-    leaves it. writable: False takes writing from Landlock's rule too. dumpable: others of the same user may look into
-    /proc/PID of the server, as the holder of a mount needs it. attempt: how auto finds out, `sandbox_enter.probe`.
+    leaves it. writable: False takes writing from Landlock's rule too. readable: directories outside that can be read in
+    spite of Landlock, where there is a way to them. dumpable: others of the same user may look into /proc/PID of the
+    server. child: plan for `sandbox_enter.start`. attempt: how auto finds out, `sandbox_enter.probe`.
 
     Raises SandboxError for a mode that cannot be had, with what can; ValueError for options that make no sense.
     """
@@ -212,6 +225,7 @@ def plan(
     asked.gid_map = _checked("gid-map", gid_map)
     asked.changes = caps.parse_changes(modcaps) if isinstance(modcaps, str) else tuple(modcaps)
     asked.handles, asked.writable, asked.dumpable, asked.rlimit_nofile = handles, writable, dumpable, rlimit_nofile
+    asked.readable, asked.child = tuple(readable), child
     asked.landlock = landlock
     asked.landlock_missing = ""
     if landlock == "off":
@@ -274,6 +288,9 @@ def _checked(option: str, lines: Iterable[tuple[int, int, int]]) -> tuple[IdMap,
 def _build(mode: str, asked: Asked) -> Plan:
     result = Plan(mode, asked.shared)
     result.writable, result.dumpable, result.rlimit_nofile = asked.writable, asked.dumpable, asked.rlimit_nofile
+    result.child = asked.child
+    if mode == "none":
+        result.readable = asked.readable
     if mode != "namespace" and (asked.uid_map or asked.gid_map):
         raise ValueError("--uid-map and --gid-map are for the user namespace of --sandbox namespace")
     if mode == "namespace":
@@ -348,6 +365,10 @@ def _add_notes(result: Plan, asked: Asked) -> None:
                 "its working directory /proc/self/fd lies outside of the root: only the checks of names and the "
                 "seccomp filter keep the server inside; Landlock would"
             )
+    elif result.new_user and sum(one.count for one in result.uids) == 1 and asked.may(syscalls.CAP_CHOWN):
+        note(
+            "one user id only: files of others cannot be served; --sandbox chroot keeps this process's rights over them"
+        )
     elif not result.confined:
         note("not confined to the shared directory: every file that this user may open can be reached")
     lacking = caps.wanted(_removals(asked), caps.ALL) & ~asked.permitted
@@ -362,8 +383,8 @@ def _removals(asked: Asked) -> list[tuple[str, bool]]:
 
 
 def waits(result: Plan) -> bool:
-    """True if a process outside waits for the server. It is what can still remove the socket and the pid file."""
-    return result.confined
+    """True if a process outside waits for the server. It is what can still remove what was made there."""
+    return result.confined or result.child
 
 
 def _steps(result: Plan) -> Iterable[Step]:
@@ -373,11 +394,7 @@ def _steps(result: Plan) -> Iterable[Step]:
         "limits", _limits(result), "a core dump holds the guest's memory; descriptors run out here, not elsewhere"
     )
     if waits(result):
-        yield Step(
-            "wait",
-            "fork; this process stays outside without capabilities, passes signals in and the exit status out",
-            "the socket and the pid file are removed by somebody who has never read a guest's byte",
-        )
+        yield Step("wait", *(_STAYS if result.child else _WAITS))
     if result.mode == "namespace":
         yield Step("namespaces", _namespaces(result), "no mounts, processes, networks and queues but its own to act on")
     if result.new_user:
@@ -409,6 +426,14 @@ def _steps(result: Plan) -> Iterable[Step]:
     yield Step("seccomp", "load the system call filter", "what serving does not call, nobody calls")
 
 
+_WAITS = (
+    "fork; this process stays outside without capabilities, passes signals in and the exit status out",
+    "the socket and the pid file are removed by somebody who has never read a guest's byte",
+)
+_STAYS = (
+    "fork; this process stays outside as it is",
+    "what was made outside is removed by somebody who has never read a request",
+)
 _PROC = {
     "namespace": "keep /proc/self/fd, as a mount of nothing else",
     "chroot": "keep /proc/self/fd open",
@@ -450,6 +475,8 @@ def _landlock(result: Plan) -> str:
     below = "no file at all"
     if result.shared is not None:
         below = "files below the shared directory" + ("" if result.writable else ", for reading,") + " only"
+        if result.readable:
+            below += f" ({', '.join(map(os.fsdecode, result.readable))} for reading)"
     parts = [below]
     _, net, scoped = ll.handled(result.landlock)
     if net:

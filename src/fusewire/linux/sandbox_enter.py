@@ -1,6 +1,7 @@
-"""Carry out a sandbox plan: one function that goes through its steps, and a trial of it in a child.
+"""Carry out a sandbox plan: go through its steps, for this process, for a child, or for a trial.
 
-Layer: linux. It decides nothing, the plan does. It changes the calling process for good, which must have one thread.
+Layer: linux; what a step does to the process that takes it is in `sandbox_steps`. It decides nothing, the plan does. It
+changes the calling process for good, which must have one thread.
 
 Up to three processes. The one that calls stays outside as the *waiter*; the *server* comes back from `enter`. With a
 new PID namespace there is a third one between them, which makes the namespaces, starts the server as its first process,
@@ -15,9 +16,10 @@ import errno
 import os
 import stat
 
-from fusewire.linux import caller, landlock, process, syscalls, userns
 from fusewire.linux import capabilities as caps
+from fusewire.linux import process, syscalls, userns
 from fusewire.linux.sandbox import Plan, SandboxError
+from fusewire.linux.sandbox_steps import STEPS, Entered, State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,12 +27,8 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from fusewire.linux.sandbox import Step
+    from fusewire.linux.sandbox_steps import Hook
 
-    Hook = Callable[[], object]
-
-PROC = b"/proc/self/fd/"
-_HERE = b"."
-_EMPTY_PLACES = ("/tmp", "/dev/shm", "/run", "/var/tmp")  # noqa: S108  the directory loses its name at once
 _ALTERNATIVES = {
     "namespace": "use --sandbox chroot (takes CAP_SYS_CHROOT only), or --sandbox none --landlock require (takes no "
     "privilege), or --sandbox auto",
@@ -44,49 +42,6 @@ class ServerEnded(SystemExit):
 
     It is no error: whoever has made something outside removes it on the way out.
     """
-
-
-class Entered:
-    """What a server has to know inside.
-
-    root: an O_PATH descriptor of the shared directory, -1 for an image. It has the number of the plan's descriptor, if
-    the plan had one. proc: the prefix of the paths of this process's descriptors. switch_ids: whether it can act with
-    other ids than its own, which cannot be found out any more without /proc. landlock: the ABI version in use, or 0.
-    notes: what is weaker than planned, found on the way.
-    """
-
-    __slots__ = ("capabilities", "landlock", "mode", "notes", "proc", "root", "switch_ids")
-
-    def __init__(self, plan: Plan) -> None:
-        self.mode = plan.mode
-        self.root = -1
-        self.proc = PROC
-        self.capabilities = plan.keep
-        self.switch_ids = False
-        self.landlock = plan.landlock
-        self.notes: list[str] = []
-
-
-class _State:
-    """What the steps hand on to each other."""
-
-    __slots__ = ("before", "entered", "hooks", "keep", "lifeline", "plan", "proc", "report", "shared")
-
-    def __init__(self, plan: Plan, keep: Collection[int], hooks: dict[str, Hook | None]) -> None:
-        self.plan = plan
-        self.keep = frozenset(keep)
-        self.hooks = hooks
-        self.entered = Entered(plan)
-        self.shared = -1
-        self.proc = -1
-        self.report = -1  # the server's way to tell the waiter how it went
-        self.lifeline = -1  # a pipe that only the waiter can write to; at its end there is no waiter any more
-        self.before: set[int] = set()  # signals that were blocked at the start
-
-    def call(self, name: str) -> None:
-        hook = self.hooks[name]
-        if hook is not None:
-            hook()
 
 
 def enter(
@@ -108,9 +63,63 @@ def enter(
     Raises SandboxError in the caller if a step fails; without a waiter (see the plan) the process is half inside then
     and can only end. ValueError for a directory in `keep`.
     """
-    _check_caller(plan, keep)
-    hooks = {"imports": imports, "serving": serving, "waiting": waiting, "seccomp": seccomp}
-    state = _State(plan, keep, hooks)
+    if plan.child:
+        raise ValueError("this plan is for `start`")
+    state = State(plan, keep, {"imports": imports, "serving": serving, "waiting": waiting, "seccomp": seccomp})
+    _go_through(state)
+    return state.entered
+
+
+def start(
+    plan: Plan,
+    serve: Callable[[Entered], int],
+    *,
+    keep: Collection[int] = (),
+    imports: Hook | None = None,
+    serving: Hook | None = None,
+    seccomp: Hook | None = None,
+) -> int:
+    """Have a child go through the steps of a plan with `child`, and give its process id once it is inside.
+
+    There it calls `serve`, and ends with the status that this gives, or with 1 where it raises: then a traceback goes
+    to standard error. It dies with the calling thread. keep, imports, serving, seccomp: as for `enter`. This process
+    keeps its privileges and its signal mask; in `namespace` it becomes a subreaper.
+
+    Raises SandboxError if a step fails; ValueError for a directory in `keep`, or another plan.
+    """
+    if not plan.child:
+        raise ValueError("this plan is for `enter`")
+    state = State(plan, keep, {"imports": imports, "serving": serving, "seccomp": seccomp})
+    try:
+        _go_through(state)
+    except _StaysOutside:
+        return state.server
+    status = 1
+    try:
+        status = serve(state.entered)
+    except BaseException as error:  # noqa: BLE001 - the child's last stop
+        _tell(error)
+    finally:
+        os._exit(status)
+
+
+class _StaysOutside(Exception):  # noqa: N818 - no error: the way back of the process that has started a server
+    pass
+
+
+def _tell(error: BaseException) -> None:
+    try:
+        import traceback
+    except ImportError:  # nothing can be loaded any more, and nobody has in time
+        os.write(2, os.fsencode(f"fusewire: the server has failed: {type(error).__name__}: {error}\n"))
+        return
+    traceback.print_exception(error)
+
+
+def _go_through(state: State) -> None:
+    """Do all steps. Comes back in the server."""
+    plan = state.plan
+    _check_caller(plan, state.keep)
     owned = -1
     try:
         if isinstance(plan.shared, int):
@@ -132,7 +141,6 @@ def enter(
         _await_go(state)  # not before the waiter has given up its privileges too
         os.close(state.lifeline)
         _set_mask(state.before)
-    return state.entered
 
 
 def probe(plan: Plan) -> SandboxError | None:
@@ -183,12 +191,13 @@ def _open_directory(path: bytes) -> int:
 # How it failed
 
 
-def _fail(state: _State, step: Step, error: OSError) -> NoReturn:
+def _fail(state: State, step: Step, error: OSError) -> NoReturn:
     mode = state.plan.mode
     failure = error if isinstance(error, SandboxError) else None
     if failure is None:
         if isinstance(error, userns.UsernsError):
-            reason, remedy = f"{error.strerror}: {error.cause}", f"{error.remedy}; or {_ALTERNATIVES[mode]}"
+            way = error.remedy.removesuffix(", or use fusermount3")  # which helps mounts
+            reason, remedy = f"{error.strerror}: {error.cause}", f"{way}; or {_ALTERNATIVES[mode]}"
         else:
             name = f" ({os.fsdecode(error.filename)})" if error.filename else ""
             reason, remedy = f"{error.strerror}{name}", _ALTERNATIVES[mode]
@@ -212,7 +221,7 @@ def _unpack(data: bytes) -> SandboxError:
 # The steps, by name
 
 
-def _imports(state: _State) -> None:
+def _imports(state: State) -> None:
     # What the steps after this one take: the last of them find no library any more.
     import ctypes  # noqa: F401
     import importlib.machinery  # noqa: F401
@@ -224,26 +233,7 @@ def _imports(state: _State) -> None:
     _check_caller(state.plan, ())
 
 
-def _limits(state: _State) -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    wanted = state.plan.rlimit_nofile
-    if wanted is None:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
-    except (OSError, ValueError) as error:
-        raise SandboxError(
-            errno.EPERM,
-            f"{wanted} descriptors are more than the {hard} that may be open",
-            "ask for fewer (--rlimit-nofile), or raise the limit (`ulimit -Hn`)",
-            "limits",
-        ) from error
-
-
-def _wait(state: _State) -> None:
+def _wait(state: State) -> None:
     """Fork. Comes back in the server only, or with a new PID namespace in the process that will start the server."""
     import signal
     import sys
@@ -269,13 +259,20 @@ def _wait(state: _State) -> None:
     os.close(report_writer)
     os.close(life_reader)
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the status away
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would take the status away
         server = _see_in(state, pid, report_reader, life_writer)
     except BaseException:
         _set_mask(state.before)
         raise
     finally:
         os.close(report_reader)
+    if state.plan.child:
+        state.server = server
+        _set_mask(state.before)
+        _go(life_writer)
+        os.close(life_writer)
+        raise _StaysOutside
     state.call("waiting")
     syscalls.set_no_new_privs()
     caps.drop(0)
@@ -283,7 +280,7 @@ def _wait(state: _State) -> None:
     raise ServerEnded(_pass_on(server, held))
 
 
-def _see_in(state: _State, pid: int, report: int, lifeline: int) -> int:
+def _see_in(state: State, pid: int, report: int, lifeline: int) -> int:
     """See the server in, and give its process id. Raises SandboxError with what it reports, after its end."""
     server = pid
     text = b""
@@ -335,12 +332,12 @@ def _go(lifeline: int) -> None:
         pass  # it has ended, and why is known by other ways
 
 
-def _await_go(state: _State) -> None:
+def _await_go(state: State) -> None:
     if not os.read(state.lifeline, 1):
         os._exit(1)  # the waiter has ended: nobody is there to serve for
 
 
-def _namespaces(state: _State) -> None:
+def _namespaces(state: State) -> None:
     plan = state.plan
     os.fchdir(state.shared) if state.shared >= 0 else os.chdir("/")
     ids = userns.Plan(plan.uids, plan.gids, new_user=plan.new_user, helpers=plan.helpers)
@@ -353,239 +350,9 @@ def _namespaces(state: _State) -> None:
     _await_go(state)
 
 
-def _ids(state: _State) -> None:
-    """Prefer 0, for which leaving the own filesystem id takes the capabilities over files along (capabilities(7))."""
-    gid = _inside(state.plan.gids, os.getegid())
-    uid = _inside(state.plan.uids, os.geteuid())
-    if (gid,) * 3 != os.getresgid():
-        os.setresgid(gid, gid, gid)
-    if (uid,) * 3 != os.getresuid():
-        os.setresuid(uid, uid, uid)
-
-
-def _inside(maps: tuple[userns.IdMap, ...], own: int) -> int:
-    mapped = [one for one in maps if one.inside <= 0 < one.inside + one.count]
-    if mapped:
-        return 0
-    if any(one.inside <= own < one.inside + one.count for one in maps):
-        return own
-    return maps[0].inside
-
-
-def _groups(state: _State) -> None:
-    if not os.getgroups():
-        return
-    try:
-        os.setgroups([])
-    except OSError as error:
-        if error.errno != errno.EPERM:
-            raise
-        state.entered.notes.append(
-            "the supplementary groups stay: this user may not drop them (start it with CAP_SETGID, or map id ranges)"
-        )
-
-
-def _umask(state: _State) -> None:
-    os.umask(0)
-
-
-def _session(state: _State) -> None:
-    os.setsid()
-    null = process.above_stdio(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
-    for fd in (0, 1, 2):
-        if fd == 0 or not _usable(fd):
-            os.dup2(null, fd)
-    os.close(null)
-
-
-def _usable(fd: int) -> bool:
-    """False for a standard descriptor that is closed, and for a directory, which would lead outside."""
-    try:
-        return not stat.S_ISDIR(os.fstat(fd).st_mode)
-    except OSError:
-        return False
-
-
-def _descriptors(state: _State) -> None:
-    state.call("serving")
-    process.close_inherited_fds({0, 1, 2, state.report, state.lifeline, state.shared, *state.keep})
-
-
-def _proc(state: _State) -> None:
-    if state.plan.mode == "chroot":
-        state.proc = os.open(PROC, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        return
-    flags = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC
-    # Mounted nowhere: a copy of the mount whose root is this directory, so that its `..` is itself. A fresh mount of
-    # proc would need one that is visible in full, which containers do not have (mount_namespaces(7)).
-    state.proc = syscalls.open_tree(syscalls.AT_FDCWD, PROC, flags)
-
-
-def _root(state: _State) -> None:
-    plan, entered = state.plan, state.entered
-    entered.switch_ids = bool(
-        plan.keep >> syscalls.CAP_SETUID & plan.keep >> syscalls.CAP_SETGID & 1 and caller.can_switch()
-    )
-    if plan.shared is None:
-        _empty_root(plan.mode)
-        return
-    if plan.mode == "none":
-        entered.root = state.shared
-        return
-    wanted = os.fstat(state.shared)
-    if plan.mode == "namespace":
-        _pivot(_bind_here())
-    else:
-        os.fchdir(state.shared)
-        os.chroot(_HERE)
-        os.chdir("/")
-    found = os.stat("/")
-    if (found.st_dev, found.st_ino) != (wanted.st_dev, wanted.st_ino):
-        raise OSError(errno.ESTALE, "the root is not the shared directory")
-    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    # The same number, now in this tree: the one before leads to the tree that was left, and by `..` out of it.
-    os.dup2(root, state.shared, inheritable=False)
-    os.close(root)
-    entered.root = state.shared
-    entered.proc = b""
-
-
-def _bind_here() -> int:
-    """Make the working directory the root of a mount, with all mounts below it; give a descriptor of it."""
-    flags = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_RECURSIVE
-    tree = syscalls.open_tree(syscalls.AT_FDCWD, _HERE, flags)
-    syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, _HERE, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-    return tree
-
-
-def _pivot(tree: int) -> None:
-    """Make a mount the root and detach everything else: pivot_root(2), the way without a place for the old root."""
-    old = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    os.fchdir(tree)
-    syscalls.pivot_root(_HERE, _HERE)
-    os.fchdir(old)
-    syscalls.mount(None, _HERE, None, syscalls.MS_REC | syscalls.MS_SLAVE)
-    syscalls.umount2(_HERE, syscalls.MNT_DETACH)
-    os.fchdir(tree)
-    os.close(old)
-    os.close(tree)
-
-
-def _empty_root(mode: str) -> None:
-    if mode == "none":
-        return
-    if mode == "namespace":
-        place = b"/proc"
-        flags = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-        syscalls.mount(b"fusewire-empty", place, b"tmpfs", flags, b"mode=555,size=4k")
-        _pivot(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        return
-    # A directory that was removed stays empty: nothing can be made in it.
-    refusal: OSError | None = None
-    for place_name in _EMPTY_PLACES:
-        path = f"{place_name}/fusewire-empty-{os.getpid()}-{os.urandom(8).hex()}"
-        try:
-            os.mkdir(path, 0o500)
-        except OSError as error:
-            refusal = error
-            continue
-        directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        os.rmdir(path)
-        os.fchdir(directory)
-        os.close(directory)
-        os.chroot(_HERE)
-        os.chdir("/")
-        return
-    raise refusal or OSError(errno.ENOENT, "there is no directory to make an empty one in")
-
-
-def _modules(state: _State) -> None:
-    """Have the interpreter look into its own binary only for what it has not loaded.
-
-    All places that it would look into will lie inside the new root, and so belong to the guest: the path of a module
-    that nobody has imported in time would be a way to run code. The C library has one such case too: the first thread
-    that ends by pthread_exit(3) loads libgcc_s.
-    """
-    import ctypes
-    import sys
-    from importlib.machinery import BuiltinImporter, FrozenImporter
-
-    if state.plan.mode != "none":
-        try:
-            ctypes.CDLL("libgcc_s.so.1")
-        except OSError:
-            pass  # another C library, which does not load it either
-    sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
-    sys.path_importer_cache.clear()
-
-
-def _directory(state: _State) -> None:
-    if state.proc >= 0:
-        os.fchdir(state.proc)
-    else:
-        os.chdir("/")
-
-
-def _no_new_privs(state: _State) -> None:
-    syscalls.set_no_new_privs()
-
-
-def _capabilities(state: _State) -> None:
-    if not caps.drop(state.plan.keep):
-        state.entered.notes.append(
-            "the capability bounding set stays as it is, for want of CAP_SETPCAP; no_new_privs closes that way"
-        )
-
-
-def _memory(state: _State) -> None:
-    # RLIMIT_CORE does not count for a core_pattern that is a pipe (core(5)). A process finds its own /proc/self/fd
-    # nevertheless, and its parent may still signal it.
-    syscalls.set_dumpable(False)
-
-
-def _parent(state: _State) -> None:
-    """After every change of ids, which makes the kernel forget it; workers that switch theirs do it for themselves.
-
-    SIGKILL: the first process of a PID namespace gets no signal that it has no handler for, but this one.
-    """
-    import select
-    import signal
-
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    watch = select.poll()
-    watch.register(state.lifeline, 0)
-    if watch.poll(0):
-        os._exit(1)  # it ended before we asked for the signal
-
-
-def _landlock(state: _State) -> None:
-    plan = state.plan
-    access = landlock.READ_WRITE if plan.writable else landlock.READ_ONLY
-    landlock.restrict(plan.landlock, ((state.entered.root, access),) if state.entered.root >= 0 else ())
-
-
-def _seccomp(state: _State) -> None:
-    state.call("seccomp")
-
-
-_ACTIONS: dict[str, Callable[[_State], None]] = {
+_ACTIONS: dict[str, Callable[[State], None]] = {
     "imports": _imports,
-    "limits": _limits,
     "wait": _wait,
     "namespaces": _namespaces,
-    "ids": _ids,
-    "groups": _groups,
-    "umask": _umask,
-    "session": _session,
-    "descriptors": _descriptors,
-    "proc": _proc,
-    "root": _root,
-    "modules": _modules,
-    "directory": _directory,
-    "no_new_privs": _no_new_privs,
-    "capabilities": _capabilities,
-    "memory": _memory,
-    "parent": _parent,
-    "landlock": _landlock,
-    "seccomp": _seccomp,
+    **STEPS,
 }

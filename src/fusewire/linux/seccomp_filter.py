@@ -376,6 +376,11 @@ def load(
         made.close()
 
 
+def check() -> None:
+    """Load what making a filter takes, where files can still be opened. Raises OSError that says what is missing."""
+    _Library()
+
+
 def program(action: str, *, extra: Iterable[str] = (), syslog: bool = False) -> bytes:
     """What `load` would load: a program of struct sock_filter, 8 bytes each (<linux/filter.h>). Raises as that does."""
     made = _Filter(action, frozenset(extra), syslog)

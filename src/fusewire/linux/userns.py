@@ -405,6 +405,19 @@ def in_first_namespace() -> bool:
         return uid_map.read().split() == [b"0", b"0", b"4294967295"]
 
 
+def maps_of(pid: int) -> tuple[str, str, bool]:
+    """The uid_map and gid_map of process `pid`'s user namespace, seen from ours, and whether it is ours.
+
+    Raises OSError if the process is gone.
+    """
+    inside = os.readlink(f"/proc/{pid}/ns/user") == os.readlink("/proc/self/ns/user")
+    maps = []
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{pid}/{name}") as lines:
+            maps.append(lines.read())
+    return maps[0], maps[1], inside
+
+
 def thread_count() -> int:
     """How many threads this process has."""
     return int(_status(b"Threads") or 1)

@@ -44,9 +44,13 @@ _CAN_SPIN = len(os.sched_getaffinity(0)) > 1
 class Channel:
     """One connection to the kernel. Owns `fd`; -1 once closed."""
 
-    def __init__(self, fd: int, session: Session, *, clone_fd: bool = False) -> None:
-        """Take over `fd`, a /dev/fuse descriptor that has been mounted or is about to be."""
+    def __init__(self, fd: int, session: Session, *, clone_fd: bool = False, devices: list[int] | None = None) -> None:
+        """Take over `fd`, a /dev/fuse descriptor that has been mounted or is about to be.
+
+        devices: others that nothing is mounted with, for clones; None: they are opened when they are needed.
+        """
         self.fd = fd
+        self._devices = devices
         self.session = session
         self.clone_fd = clone_fd
         self.ended = False
@@ -373,7 +377,13 @@ class Channel:
         """Open a second descriptor of the same connection, FUSE_DEV_IOC_CLONE: its own queue of requests in work."""
         import fcntl
 
-        clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        if self._devices is None:
+            clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        else:
+            with self._lock:
+                if not self._devices:
+                    return self.fd
+                clone = self._devices.pop()
         try:
             fcntl.ioctl(clone, abi.FUSE_DEV_IOC_CLONE, self.fd.to_bytes(4, "little"))
         except OSError:

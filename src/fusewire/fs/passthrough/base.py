@@ -145,18 +145,15 @@ class Base(Operations):
             return False
         return True
 
-    def serve_namespace(self, pid: int) -> None:
-        """Speak the ids of the user namespace of process `pid`, which the mount is in.
+    def serve_namespace(self, uid_map: str, gid_map: str, inside: bool) -> None:
+        """Speak the ids of the mount's user namespace: its maps, as this process sees them, or is it `inside`?
 
-        Rules that were given count instead. Raises OSError if the process is gone.
+        Rules that were given count instead.
         """
-        inside = os.readlink(f"/proc/{pid}/ns/user") == os.readlink("/proc/self/ns/user")
         if self._uids is None:
-            with open(f"/proc/{pid}/uid_map") as lines:
-                self._uids = _translation(lines.read(), os.geteuid(), inside)
+            self._uids = _translation(uid_map, os.geteuid(), inside)
         if self._gids is None:
-            with open(f"/proc/{pid}/gid_map") as lines:
-                self._gids = _translation(lines.read(), os.getegid(), inside)
+            self._gids = _translation(gid_map, os.getegid(), inside)
         if self._uids is not None or self._gids is not None:
             self._plain = None
 
