@@ -209,6 +209,7 @@ class _Daemon:
         self.record = record = self.store.create(
             job.source, job.target, options=job.options.given, created=_before(target)
         )
+        record.source = source.path
         options = kernel_options(job.options, job.source)
         os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
         locks = job.locks or Locks()
@@ -231,7 +232,7 @@ class _Daemon:
             self.server = start()  # as one of the mount's namespace
         server = self.server
         server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
-        looker = _first_looker(held.inside) if source.directory is not None and not source.read_only else 0
+        looker = 0 if source.read_only else _first_looker(held.inside)
         devices = spare_devices(job.options, source.workers)
         try:
             server.add(0, [held.fd, *devices], os.getpid())

@@ -80,6 +80,14 @@ class Locks:
             attempt=attempt,
         )
 
+    def refuse_program(self, source: str) -> None:
+        """Raise OSError if somebody wants a filesystem locked in that is a program: nobody knows what it needs."""
+        asked = [f"--sandbox {self.sandbox}"] * (self.sandbox not in ("auto", "none"))
+        asked += [f"--landlock {self.landlock}"] * (self.landlock == "require")
+        asked += [f"--seccomp {self.seccomp}"] * (self.seccomp not in ("auto", "none"))
+        if asked:
+            raise OSError(errno.EOPNOTSUPP, f"{asked[0]} is not for {source}, which is a program: leave it out")
+
     def filter(self) -> tuple[str, str]:
         """Give the action of the system call filter, and why there is none where that was not asked for.
 
@@ -130,7 +138,7 @@ class ServerProcess:
         self._left = 0
         self._hung_up = False
         self._status: int | None = None
-        action, lacking = locks.filter()
+        action, lacking = ("none", "") if sources[0].is_program else locks.filter()
         ours, theirs = _packets()
         directory = next((source for source in sources if source.directory is not None), None)
         if directory is not None:
@@ -153,9 +161,15 @@ class ServerProcess:
             return None
 
         try:
-            plan = locks.plan(directory, start)
-            if self.pid < 0 and (failure := start(plan)) is not None:  # not tried yet: a mode that was asked for
-                raise failure
+            if any(source.is_program for source in sources):
+                locks.refuse_program(sources[0].path)
+                self.pid = _start_free(child, set(sources[0].strange) - {0, 1, 2, theirs} | {ours})
+                self.summary = "sandbox: none, for it is a program of its user's"
+            else:
+                plan = locks.plan(directory, start)
+                if self.pid < 0 and (failure := start(plan)) is not None:  # not tried yet: a mode that was asked for
+                    raise failure
+                self.summary = f"{plan.summary()}; seccomp {action}" + (f" ({lacking})" if lacking else "")
         except BaseException:
             os.close(ours)
             raise
@@ -164,8 +178,6 @@ class ServerProcess:
             for source in sources:
                 source.close()
         self._wire = ours
-        self.mode = plan.mode
-        self.summary = f"{plan.summary()}; seccomp {action}" + (f" ({lacking})" if lacking else "")
 
     def add(self, number: int, fds: list[int], pid: int) -> None:
         """Serve the mount of source `number`: a /dev/fuse descriptor, then spare ones to clone it onto.
@@ -263,6 +275,30 @@ class ServerProcess:
             os.close(self._wire)  # else the other thread reads from it, and it goes with this process
 
 
+def _start_free(child: _Child, close: set[int]) -> int:
+    """Start a server that is not locked in, without some descriptors; it ends with this process too."""
+    import signal
+
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        process.close_inherited_fds(set(process.open_fds()) - close)
+        process.set_pdeathsig(signal.SIGKILL, parent)
+        os.setsid()
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(null, 0)
+        status = child.serve(None)
+    except BaseException:  # noqa: BLE001 - the child's last stop
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 def _packets() -> tuple[int, int]:
     first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     return process.above_stdio(first.detach()), process.above_stdio(second.detach())
@@ -324,20 +360,20 @@ class _Child:
         self._servers: list[Server] = []
         self.trusted = False  # capabilities count in the first user namespace
 
-    def serve(self, entered: Entered) -> int:
-        """Do what the other side asks for until it hangs up."""
+    def serve(self, entered: Entered | None) -> int:
+        """Do what the other side asks for until it hangs up; entered: the sandbox, if it is in one."""
         from fusewire.cli.serving import log_to_stderr, tune_process
 
         # Standard input is /dev/null by now. Whoever reads our starter's output is not to wait for us, and whoever
         # reads its errors only if we are to report any.
         for fd in (1, 2) if self._silent else (1,):
             os.dup2(0, fd)
-        if self._options.debug:
-            for note in entered.notes:
+        if entered is not None:
+            for note in entered.notes if self._options.debug else ():
                 log_to_stderr(f"sandbox: {note}")
-        for source in self._sources:
-            if source.directory is not None:
-                source.move_in(entered, trusted=self.trusted)
+            for source in self._sources:
+                if source.directory is not None:
+                    source.move_in(entered, trusted=self.trusted)
         tune_process()
         while True:
             packet, fds = process.recv_fds(self._wire, _PACKET, _MOST_FDS)

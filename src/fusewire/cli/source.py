@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from fusewire.ops import Operations
 
 
+def is_program(path: str) -> bool:
+    """True if a source is a filesystem that is a program; the path of a file is none."""
+    if ":" not in path:
+        return False
+    from fusewire.cli import programs
+
+    return programs.is_program(path)
+
+
 class Source:
     """What is served, and the maker of its filesystem, anew for every guest: one's handles are not the next one's.
 
@@ -26,19 +35,29 @@ class Source:
 
         Raises OSError that names the source.
         """
-        self.path = os.path.abspath(path)
+        self.is_program = is_program(path)
+        self.path = path if self.is_program else os.path.abspath(path)
         self._mount = options
         self._fd = -1
         self._first_fd = -1
-        self._is_directory = os.path.isdir(self.path)
+        self._is_directory = not self.is_program and os.path.isdir(self.path)
         self._first: Operations | None = None
-        self.workers = 0  # how many suit its filesystem; 0: it does not matter
+        self.strange: list[int] = []  # descriptors that were open before a program was loaded, and are not its
         try:
-            from fusewire.fs import sources
+            if self.is_program:
+                from fusewire.cli.programs import load
+                from fusewire.linux.process import open_fds
 
-            self._fd = sources.open_fd(self.path)
-            self._first = self._open()
-            self.workers = self._first.workers
+                self.strange = open_fds()
+                first = load(path)
+            else:
+                from fusewire.fs import sources
+
+                self._fd = sources.open_fd(self.path)
+                first = self._open()
+            self._first = first
+            self.workers = first.workers  # how many suit it; 0: it does not matter
+            self.read_only = first.read_only
         except BaseException:
             self.close()
             raise
@@ -49,6 +68,10 @@ class Source:
         return self._open() if first is None else first
 
     def _open(self) -> Operations:
+        if self.is_program:
+            from fusewire.cli.programs import load
+
+            return load(self.path)
         from fusewire.fs import sources
 
         fd = self._first_fd = os.dup(self._fd)
@@ -56,7 +79,7 @@ class Source:
 
     @property
     def directory(self) -> int | None:
-        """The directory's descriptor; None for an image."""
+        """The directory's descriptor; None for an image or a program."""
         return self._fd if self._is_directory else None
 
     @property
@@ -65,14 +88,9 @@ class Source:
         return self._is_directory and self._mount.directory.get("inode_file_handles", "never") != "never"
 
     @property
-    def read_only(self) -> bool:
-        """True if nothing in it is to be changed."""
-        return self._mount.read_only
-
-    @property
     def files(self) -> list[int]:
         """The descriptors that have to stay, but for a directory's; the last one is the first filesystem's."""
-        if self._is_directory:
+        if self._fd < 0 or self._is_directory:
             return []
         return [self._fd] if self._first is None else [self._fd, self._first_fd]
 
