@@ -318,19 +318,17 @@ def _ready(report: dict[str, object], options: ShareOptions, messages: Messages,
 def _limit_descriptors(wanted: int | None, messages: Messages) -> None:
     """Set how many descriptors may be open, RLIMIT_NOFILE.
 
-    By default no fewer than there may be now, and as many as it takes for a million; 0 leaves it all as it is.
+    By default as many as there may be, up to a million and half of what the machine has; 0 leaves it all as it is.
+    The hard limit too: a filesystem takes what it may have.
     """
     import resource
 
     if wanted == 0:
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = wanted or _most_descriptors()
-    if wanted is None and (soft == resource.RLIM_INFINITY or soft >= target):
-        return
-    highest = target if wanted or (hard != resource.RLIM_INFINITY and hard < target) else hard
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, highest))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, target))
     except (OSError, ValueError):
         if wanted:
             messages.say("warn", f"--rlimit-nofile={wanted} is not allowed: {hard} it is (`ulimit -Hn`)")
@@ -339,8 +337,9 @@ def _limit_descriptors(wanted: int | None, messages: Messages) -> None:
 
 def _most_descriptors() -> int:
     try:
-        with open("/proc/sys/fs/nr_open", "rb") as file:
-            return min(_MOST_DESCRIPTORS, int(file.read()))
+        with open("/proc/sys/fs/nr_open", "rb") as own, open("/proc/sys/fs/file-max", "rb") as everybodys:
+            # No more than half of what all processes may have open together: a guest must not use up the machine's.
+            return min(_MOST_DESCRIPTORS, int(own.read()), int(everybodys.read()) // 2)
     except (OSError, ValueError):
         return _MOST_DESCRIPTORS
 

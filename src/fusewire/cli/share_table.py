@@ -195,6 +195,7 @@ _FILES = (
         _choice("never", "prefer", "mandatory", fallback="prefer"),
         "never, prefer or mandatory: handles in place of open descriptors",
         bare="prefer",
+        strict=True,
     ),
     Row("preserve_noatime", "O_NOATIME of the guest reaches the host", {"--preserve-noatime": True}),
     _valued("translate_uid", "RULE", _text("a rule"), "TYPE:FROM:TO:COUNT, may be repeated", many=True),

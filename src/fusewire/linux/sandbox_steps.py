@@ -192,6 +192,14 @@ def _bind_here() -> int:
     """Make the working directory the root of a mount, with all mounts below it; give a descriptor of it."""
     flags = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_RECURSIVE
     tree = syscalls.open_tree(syscalls.AT_FDCWD, _HERE, flags)
+    try:
+        # The server opens no device and runs nothing; so that whoever takes it over, and may make devices, cannot
+        # either. Mounts that the host adds later are as the host makes them.
+        attributes = syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOSUID
+        syscalls.mount_setattr(tree, b"", syscalls.AT_EMPTY_PATH | syscalls.AT_RECURSIVE, attributes)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # before Linux 5.12
+            raise
     syscalls.move_mount(tree, b"", syscalls.AT_FDCWD, _HERE, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
     return tree
 

@@ -10,12 +10,26 @@ import ctypes
 import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _libc = ctypes.CDLL(None, use_errno=True)
+_INT64 = ctypes.c_int64
+# pwritev2(2) by number, for musl before 1.2.5, which does not have it.
+_NR_PWRITEV2 = {"x86_64": 328}.get(os.uname().machine, 287)
+
+
+def _pwritev2_by_number(fd: int, iovec: bytes, count: int, offset: Any, flags: int) -> int:
+    zero = ctypes.c_long(0)  # the upper half of the offset, where a long is too short for it
+    return int(_libc.syscall(ctypes.c_long(_NR_PWRITEV2), fd, iovec, ctypes.c_long(count), offset, zero, flags))
+
+
 try:
     _preadv, _pwritev2 = _libc.preadv64, _libc.pwritev64v2  # the plain ones have 32 bit offsets in a glibc of 32 bits
 except AttributeError:
-    _preadv, _pwritev2 = _libc.preadv, _libc.pwritev2
-_INT64 = ctypes.c_int64
+    _preadv = _libc.preadv
+    _pwritev2 = _libc.pwritev2 if hasattr(_libc, "pwritev2") else _pwritev2_by_number  # type: ignore[assignment]
 
 
 def _check(offset: int) -> None:

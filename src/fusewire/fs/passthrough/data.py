@@ -225,18 +225,22 @@ class Data(Locks, Backing, Names, Attributes):
         handle = self.handles.get(fh)
         self._slow()
         files.fallocate(handle.fd.number, mode, offset, length)
+        self._clear_capability(handle.node)
 
     def copy_file_range(
         self, nodeid: int, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int, flags: int
     ) -> int:
-        source, target = self.handles.get(fh).fd, self.handles.get(fh_out).fd
+        source, written = self.handles.get(fh).fd, self.handles.get(fh_out)
+        target = written.fd
         self._slow()
         # One call answers for at most MAX_RW_COUNT bytes, and the reply has 32 bits.
         length = min(length, 0x7FFFF000)
         try:
-            return os.copy_file_range(source.number, target.number, length, offset, offset_out)
+            count = os.copy_file_range(source.number, target.number, length, offset, offset_out)
         except OverflowError:
             raise OSError(errno.EINVAL, "no file has such an offset", offset) from None
+        self._clear_capability(written.node)
+        return count
 
     def syncfs(self, nodeid: int) -> None:
         fd = self._reopen(self.nodes.root, os.O_RDONLY | os.O_DIRECTORY)

@@ -196,9 +196,7 @@ class Locks(Base):
         if not self._attempt(self.handles.get(fh), owner, lock, lk_flags)():
             raise BlockingIOError(errno.EAGAIN, "somebody else holds a lock", nodeid)
 
-    def setlkw(  # type: ignore[override]
-        self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int
-    ) -> Pending | None:
+    def setlkw(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Pending | None:
         handle = self.handles.get(fh)
         attempt = self._attempt(handle, owner, lock, lk_flags)
         if attempt():

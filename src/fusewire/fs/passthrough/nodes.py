@@ -191,8 +191,7 @@ class Nodes:
 
     def _reopen(self, node: Node) -> tuple[Fd, Status]:
         if node.handle is not None:
-            fd = self._open_handle(node)
-            return fd, status_of(fd.number)
+            return self._open_handle(node)
         chain = []
         at: Node | None = node
         found: Fd | None = None
@@ -219,7 +218,7 @@ class Nodes:
             fd = new
         return fd, status or status_of(fd.number)
 
-    def _open_handle(self, node: Node) -> Fd:
+    def _open_handle(self, node: Node) -> tuple[Fd, Status]:
         assert node.handle is not None
         with self._lock:
             mount = self._mounts.get(node.place)
@@ -229,8 +228,13 @@ class Nodes:
             new = Fd(files.open_by_handle(mount.number, node.handle, os.O_PATH | os.O_CLOEXEC))
         except OSError as error:
             raise self.explain(error) from None
+        status = status_of(new.number)
+        # The name may have come to mean something else between its status and its handle: a device, say.
+        if self.identity(status) != node.key or status[files.ST_MODE] & 0o170000 != node.kind:
+            node.handle = None  # it goes by its name from now on
+            raise OSError(errno.ESTALE, "the handle is that of another file", node.name)
         self.hold(node, new)
-        return new
+        return new, status
 
     def _remember_handle(self, node: Node, directory: Fd, name: bytes) -> None:
         """Learn the node's file handle, if its filesystem has them; if not, it goes by name like the others."""
@@ -347,8 +351,10 @@ class Nodes:
             return None
         except OSError as error:
             raise self.explain(error) from None
-        node = self._known(status_of(fd.number))
-        if node is None or node is self.root:
+        status = status_of(fd.number)
+        node = self._known(status)
+        # Of another kind, it only has the number of an inode that is gone: it must not be opened in that one's place.
+        if node is None or node is self.root or status[files.ST_MODE] & 0o170000 != node.kind:
             return None
         with self._lock:
             before, node.pinned = node.pinned, True
