@@ -7,6 +7,7 @@ The socket is made here and handed on, so nobody has to wait until the daemon ha
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -105,13 +106,46 @@ def virtiofsd(directory: Path, *options: str) -> Daemon:
     return Daemon([VIRTIOFSD, "--fd={fd}", "-o", ",".join([f"source={directory}", "sandbox=chroot", *options])])
 
 
+def share(source: str | os.PathLike[str], *options: str, within: Sequence[str] = ()) -> Daemon:
+    """Ours: `fusewire share`. Warnings of Python's are errors. `within`: words that start it, where not just here."""
+    command = [sys.executable, "-W", "error", "-m", "fusewire", "share", source, "--fd={fd}"]
+    return Daemon([*within, *command, *options])
+
+
 # With CAP_SYS_ADMIN, for trusted attributes, as the C virtiofsd is started here too.
 FULL = ("--modcaps=+sys_admin",) if os.geteuid() == 0 else ()
 
 
 def fusewire(source: str | os.PathLike[str], *options: str) -> Daemon:
-    """Ours: `fusewire share`. Warnings of Python's are errors."""
-    return Daemon([sys.executable, "-W", "error", "-m", "fusewire", "share", source, "--fd={fd}", *FULL, *options])
+    """Ours, with all that a guest may be given."""
+    return share(source, *FULL, *options)
+
+
+# What a container without CAP_SYS_ADMIN leaves its root.
+CONTAINED = "chown,dac_override,fowner,fsetid,kill,setgid,setuid,net_bind_service,net_raw,sys_chroot,mknod,setfcap"
+# What the filter of its engine refuses, then.
+REFUSED = """unshare setns mount umount2 pivot_root mount_setattr open_tree move_mount fsopen fsconfig fsmount fspick
+    open_by_handle_at bpf quotactl sethostname setdomainname"""
+CONTAINER = f"""
+import ctypes, os, sys
+library = ctypes.CDLL("libseccomp.so.2")
+library.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(library.seccomp_init(0x7FFF0000))
+def refuse(name, number):
+    call = library.seccomp_syscall_resolve_name(name.encode())
+    assert library.seccomp_rule_add_array(context, 0x50000 | number, call, 0, None) == 0, name
+for name in {REFUSED.split()}:
+    refuse(name, {errno.EPERM})
+refuse("clone3", {errno.ENOSYS})
+assert library.seccomp_load(context) == 0
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def container() -> list[str]:
+    """Words that start a program as the root of a container without CAP_SYS_ADMIN, where no namespace can be made."""
+    drop = ["setpriv", "--bounding-set", "-all,+" + CONTAINED.replace(",", ",+"), "--"]
+    return [*drop, sys.executable, "-c", CONTAINER]
 
 
 def fusewire_virtiofsd(*options: str) -> Daemon:
