@@ -15,8 +15,8 @@ import pytest
 
 import conformance
 from fusewire.fs.memory import MemoryFS
-from fusewire.fs.memory_data import CHUNK, SparseData
 from fusewire.session import Session
+from fusewire.sparse import CHUNK, SparseData
 from fusewire.testing import FakeKernel
 from fusewire.testing.conformance import BEHAVIOURS
 from fusewire.wire import abi

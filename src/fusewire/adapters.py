@@ -48,6 +48,20 @@ class Owner(Protocol):
         """Answer EIO in the place of a result that the kernel would refuse."""
 
 
+# `co_flags` of what `async def` makes, and of a generator that types.coroutine() has marked (inspect.CO_*).
+_CO_COROUTINES = 0x80 | 0x100
+
+
+def is_async(handler: Any) -> bool:
+    """Tell whether calling `handler` gives a coroutine, as far as it says so: inspect.iscoroutinefunction, not loaded.
+
+    A plain function that is to count as one is marked by inspect.markcoroutinefunction (Python 3.12).
+    """
+    function = getattr(handler, "__func__", handler)
+    code = getattr(function, "__code__", None)
+    return bool(getattr(code, "co_flags", 0) & _CO_COROUTINES) or hasattr(function, "_is_coroutine_mark")
+
+
 # Adapters: from a request to a handler's arguments. `handle` has the two most frequent ones inline; they stand here
 # as marks.
 

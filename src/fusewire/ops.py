@@ -5,13 +5,25 @@ names. A method that a class does not override is an operation that its filesyst
 gives the answer that makes the kernel stop asking. Failure is an `OSError` with an errno (a bare
 `FileNotFoundError` will do); any other exception is logged once per place and answered EIO. Where a signature allows
 `bytes` beside an Entry or attributes, that is the reply's body in wire form, made beforehand.
+
+Any method but `renumber` and `idle` may be an `async def`: it runs as a task of an asyncio loop, and INTERRUPT cancels
+it. `Answer[T]` is T, or the coroutine of T, or a `Pending`; an override says which of them it gives.
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import TypeAlias, TypeVar
+
+    T = TypeVar("T")
+    # What a method may give: its value, or as an `async def` the coroutine that gives it. Answers can be `Pending` too.
+    Eventual: TypeAlias = T | Coroutine[Any, Any, T]
+    Answer: TypeAlias = T | Coroutine[Any, Any, T] | "Pending"
 
 Buffer = bytes | bytearray | memoryview
 
@@ -290,7 +302,7 @@ class Operations:
 
     # Life
 
-    def init(self, connection: Connection) -> None:
+    def init(self, connection: Connection) -> Eventual[None]:
         """Begin: the protocol has been agreed; keep `connection` for notifications."""
 
     def renumber(self, first: int) -> None:
@@ -300,7 +312,7 @@ class Operations:
         """
         _unsupported("renumber")
 
-    def destroy(self) -> None:
+    def destroy(self) -> Eventual[None]:
         """End: no request comes after this. Called once per mount, also when the kernel sent no DESTROY."""
 
     def idle(self) -> None:
@@ -312,198 +324,208 @@ class Operations:
 
     # Names
 
-    def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | bytes | None:
+    def lookup(self, caller: Caller, parent: int, name: bytes) -> Answer[Entry | bytes | None]:
         """Find `name` in directory `parent`; None (or FileNotFoundError, which takes longer) if there is none.
 
         An Entry with nodeid 0 says so too, and is remembered for its time.
         """
         _unsupported("lookup")
 
-    def forget(self, nodeid: int, nlookup: int) -> None:
+    def forget(self, nodeid: int, nlookup: int) -> Eventual[None]:
         """Take `nlookup` from the node's lookup count; at 0 the kernel will not name it again. Never fails."""
 
-    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> Entry | bytes:
+    def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> Answer[Entry | bytes]:
         """Make a symbolic link `name` that holds `target`, symlink(2)."""
         _unsupported("symlink")
 
-    def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> Entry | bytes:
+    def mknod(
+        self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int
+    ) -> Answer[Entry | bytes]:
         """Make a node, mknod(2). The umask is applied already unless FUSE_DONT_MASK was agreed."""
         _unsupported("mknod")
 
-    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> Entry | bytes:
+    def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> Answer[Entry | bytes]:
         """Make a directory, mkdir(2)."""
         _unsupported("mkdir")
 
-    def unlink(self, caller: Caller, parent: int, name: bytes) -> None:
+    def unlink(self, caller: Caller, parent: int, name: bytes) -> Answer[None]:
         """Remove a name that is not a directory, unlink(2). The node lives on while it is open or looked up."""
         _unsupported("unlink")
 
-    def rmdir(self, caller: Caller, parent: int, name: bytes) -> None:
+    def rmdir(self, caller: Caller, parent: int, name: bytes) -> Answer[None]:
         """Remove an empty directory, rmdir(2)."""
         _unsupported("rmdir")
 
-    def rename(self, caller: Caller, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> None:
+    def rename(
+        self, caller: Caller, parent: int, name: bytes, newparent: int, newname: bytes, flags: int
+    ) -> Answer[None]:
         """Move a name, renameat2(2). Serves RENAME (flags 0) and RENAME2."""
         _unsupported("rename")
 
-    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> Entry | bytes:
+    def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> Answer[Entry | bytes]:
         """Give the node another name, link(2)."""
         _unsupported("link")
 
-    def readlink(self, nodeid: int) -> bytes:
+    def readlink(self, nodeid: int) -> Answer[bytes]:
         """Give a symbolic link's target, at most PAGE_SIZE - 1 bytes without NUL, readlink(2)."""
         _unsupported("readlink")
 
     # Attributes
 
-    def getattr(self, nodeid: int, flags: int, fh: int) -> tuple[Attr, float] | bytes:
+    def getattr(self, nodeid: int, flags: int, fh: int) -> Answer[tuple[Attr, float] | bytes]:
         """Give attributes and how many seconds they hold. `fh` counts when `flags` has FUSE_GETATTR_FH."""
         _unsupported("getattr")
 
-    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> tuple[Attr, float] | bytes:
+    def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> Answer[tuple[Attr, float] | bytes]:
         """Change what `change.valid` names (chmod, chown, truncate, utimensat) and give the new attributes."""
         _unsupported("setattr")
 
-    def statx(self, nodeid: int, flags: int, fh: int, sx_flags: int, sx_mask: int) -> tuple[Sequence[int], float, int]:
+    def statx(
+        self, nodeid: int, flags: int, fh: int, sx_flags: int, sx_mask: int
+    ) -> Answer[tuple[Sequence[int], float, int]]:
         """Give the fields of fuse_statx without its padding, their lifetime and fuse_statx_out.flags, statx(2)."""
         _unsupported("statx")
 
-    def access(self, caller: Caller, nodeid: int, mask: int) -> None:
+    def access(self, caller: Caller, nodeid: int, mask: int) -> Answer[None]:
         """Check access(2); not asked when `default_permissions` is set."""
         _unsupported("access")
 
-    def setxattr(self, caller: Caller, nodeid: int, name: bytes, value: bytes, flags: int, setxattr_flags: int) -> None:
+    def setxattr(
+        self, caller: Caller, nodeid: int, name: bytes, value: bytes, flags: int, setxattr_flags: int
+    ) -> Answer[None]:
         """Set an extended attribute, setxattr(2)."""
         _unsupported("setxattr")
 
-    def getxattr(self, caller: Caller, nodeid: int, name: bytes) -> bytes:
+    def getxattr(self, caller: Caller, nodeid: int, name: bytes) -> Answer[bytes]:
         """Give an attribute's value, getxattr(2). Size probing and ERANGE are the session's work. ENODATA if none."""
         _unsupported("getxattr")
 
-    def listxattr(self, caller: Caller, nodeid: int) -> bytes:
+    def listxattr(self, caller: Caller, nodeid: int) -> Answer[bytes]:
         """Give the names of all attributes, each with a NUL after it, listxattr(2)."""
         _unsupported("listxattr")
 
-    def removexattr(self, caller: Caller, nodeid: int, name: bytes) -> None:
+    def removexattr(self, caller: Caller, nodeid: int, name: bytes) -> Answer[None]:
         """Remove an extended attribute, removexattr(2)."""
         _unsupported("removexattr")
 
     # Files
 
-    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:
+    def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> Answer[tuple[int, ...]]:
         """Give (fh, FOPEN_* flags). Not overriding it spares the kernel one round trip per open and close."""
         _unsupported("open")
 
     def create(
         self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[Entry | bytes, tuple[int, ...]]:
+    ) -> Answer[tuple[Entry | bytes, tuple[int, ...]]]:
         """Make and open a regular file, open(2) with O_CREAT."""
         _unsupported("create")
 
     def tmpfile(
         self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
-    ) -> tuple[Entry | bytes, tuple[int, ...]]:
+    ) -> Answer[tuple[Entry | bytes, tuple[int, ...]]]:
         """Make and open a file without a name, open(2) with O_TMPFILE."""
         _unsupported("tmpfile")
 
     def read(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
-    ) -> Buffer | Sequence[Buffer] | FileRange:
+    ) -> Answer[Buffer | Sequence[Buffer] | FileRange]:
         """Give up to `size` bytes at `offset`: less means end of file. Buffers are sent as they are, uncopied."""
         _unsupported("read")
 
-    def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
+    def write(
+        self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int
+    ) -> Answer[int]:
         """Write `data`, a memoryview, at `offset` and give the count of bytes. It is the request's memory: copy what is
         kept. A virtual machine may change it meanwhile; only with `gathers` it comes in other forms.
         """
         _unsupported("write")
 
-    def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:
+    def flush(self, nodeid: int, fh: int, lock_owner: int) -> Answer[None]:
         """Answer a close(2) of one descriptor; its error is close's error. Releases POSIX locks of `lock_owner`."""
         _unsupported("flush")
 
-    def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
+    def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> Answer[None]:
         """End a handle: the last descriptor is gone. Nobody hears an error."""
         _unsupported("release")
 
-    def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> None:
+    def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> Answer[None]:
         """Make a file durable, fsync(2); FUSE_FSYNC_FDATASYNC for fdatasync."""
         _unsupported("fsync")
 
-    def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
+    def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> Answer[int]:
         """Find SEEK_DATA or SEEK_HOLE, lseek(2)."""
         _unsupported("lseek")
 
-    def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> None:
+    def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> Answer[None]:
         """Reserve or punch space, fallocate(2)."""
         _unsupported("fallocate")
 
     def copy_file_range(
         self, nodeid: int, fh: int, offset: int, nodeid_out: int, fh_out: int, offset_out: int, length: int, flags: int
-    ) -> int:
+    ) -> Answer[int]:
         """Copy within the filesystem and give the count of bytes, copy_file_range(2). Also serves the 64-bit form."""
         _unsupported("copy_file_range")
 
     def ioctl(
         self, caller: Caller, nodeid: int, fh: int, flags: int, cmd: int, arg: int, data: memoryview, out_size: int
-    ) -> tuple[int, Buffer]:
+    ) -> Answer[tuple[int, Buffer]]:
         """Give (result, output of at most `out_size` bytes), ioctl(2)."""
         _unsupported("ioctl")
 
-    def poll(self, nodeid: int, fh: int, kh: int, flags: int, events: int) -> int:
+    def poll(self, nodeid: int, fh: int, kh: int, flags: int, events: int) -> Answer[int]:
         """Give the ready events; with FUSE_POLL_SCHEDULE_NOTIFY keep `kh` and call `notify_poll` on a change."""
         _unsupported("poll")
 
-    def bmap(self, nodeid: int, block: int, blocksize: int) -> int:
+    def bmap(self, nodeid: int, block: int, blocksize: int) -> Answer[int]:
         """Map a file's block to one of the device (fuseblk only)."""
         _unsupported("bmap")
 
     # Directories
 
-    def opendir(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, int]:
+    def opendir(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> Answer[tuple[int, int]]:
         """Give (fh, FOPEN_* flags) for a directory."""
         _unsupported("opendir")
 
     def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
-    ) -> Buffer:
+    ) -> Answer[Buffer]:
         """Give entries after the cookie `offset`, at most `size` bytes in wire form (`wire.codec.DirBuffer`)."""
         _unsupported("readdir")
 
     def readdirplus(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
-    ) -> Buffer:
+    ) -> Answer[Buffer]:
         """As readdir, with an Entry each; every one but "." and ".." adds to its node's lookup count."""
         _unsupported("readdirplus")
 
-    def releasedir(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
+    def releasedir(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> Answer[None]:
         """End a directory handle."""
         _unsupported("releasedir")
 
-    def fsyncdir(self, nodeid: int, fh: int, fsync_flags: int) -> None:
+    def fsyncdir(self, nodeid: int, fh: int, fsync_flags: int) -> Answer[None]:
         """Make a directory durable."""
         _unsupported("fsyncdir")
 
     # Locks
 
-    def getlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Lock:
+    def getlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Answer[Lock]:
         """Give the lock that stands in the way, or one of type F_UNLCK, fcntl(2) F_GETLK."""
         _unsupported("getlk")
 
-    def setlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> None:
+    def setlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Answer[None]:
         """Take or drop a lock without waiting; EAGAIN if somebody holds it. FUSE_LK_FLOCK in `lk_flags`: flock(2)."""
         _unsupported("setlk")
 
-    def setlkw(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> None:
+    def setlkw(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Answer[None]:
         """Take a lock and wait for it: return a `Pending`, never hold the worker."""
         _unsupported("setlkw")
 
     # The whole
 
-    def statfs(self, nodeid: int) -> Statfs:
+    def statfs(self, nodeid: int) -> Answer[Statfs]:
         """Give statistics, statvfs(3). Without it the answer is all zeros."""
         _unsupported("statfs")
 
-    def syncfs(self, nodeid: int) -> None:
+    def syncfs(self, nodeid: int) -> Answer[None]:
         """Make everything durable, syncfs(2). Only virtio-fs and privileged mounts are asked."""
         _unsupported("syncfs")

@@ -11,13 +11,14 @@ import errno
 from _thread import allocate_lock
 from collections.abc import Callable, Iterable
 from itertools import count
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fusewire.adapters import (
     ADAPTERS,
     CHECKS,
     IOV_MAX,
     Reply,
+    is_async,
     length_of,
     lookup,
     named,
@@ -30,6 +31,9 @@ from fusewire.ops import Buffer, Caller, FileRange, Gathered, Operations, Pendin
 from fusewire.wire import abi, codec
 from fusewire.wire.requests import BadRequest, check_name
 from fusewire.wire.table import OPCODE_LIMIT, TABLE, Op, layout
+
+if TYPE_CHECKING:
+    from fusewire.aio import Runner
 
 EIO: Final = errno.EIO
 _OUT = codec.OUT_HEADER.pack
@@ -199,12 +203,46 @@ class Session:
         self._retrieves: dict[int, Callable[[int, memoryview], None]] = {}
         self._retrieve_numbers = count(1)
         self.extended = False
+        # Runs `async def` methods, if there are any; they are found once, here, so that others pay nothing for them.
+        self.runner: Runner | None = None
+        self._forget = operations.forget
+        self._prepare_async()
         self._rows: list[tuple[Any, ...] | None] = [None] * OPCODE_LIMIT
         self._refusals: list[int] = [-errno.ENOSYS] * OPCODE_LIMIT
         for op in TABLE:
             self._bind(op)
 
     # The table, bound to one filesystem
+
+    def _prepare_async(self) -> None:
+        operations = self.operations
+        if not any(is_async(getattr(operations, name, None)) for name in _METHODS):
+            return
+        from fusewire.aio import Runner
+
+        self.runner = runner = Runner()
+        forget: Any = operations.forget
+        if is_async(forget):
+
+            def done(error: BaseException | None) -> None:
+                if error is not None:
+                    self.log_once("forget failed", error)
+
+            def deferred(nodeid: int, nlookup: int) -> None:
+                runner.pending(forget(nodeid, nlookup), done)
+
+            self._forget = deferred
+
+    def _wait_for(self, result: Any) -> None:
+        if self.runner is not None and hasattr(result, "__await__"):
+            self.runner.wait(result)
+
+    def _method(self, name: str) -> Any:
+        """Give the filesystem's method as `handle` can call it."""
+        if name == "forget":
+            return self._forget
+        handler = getattr(self.operations, name)
+        return self.runner.deferred(handler) if self.runner is not None and is_async(handler) else handler
 
     def _offers(self, name: str) -> bool:
         method = getattr(type(self.operations), name, None)
@@ -220,7 +258,7 @@ class Session:
             self._refusals[code] = -errno.EROFS
             return
         elif self._offers(_METHOD_OF.get(name, name)):
-            handler = getattr(self.operations, _METHOD_OF.get(name, name))
+            handler = self._method(_METHOD_OF.get(name, name))
             if self.operations.read_only and name in _WATCHED:
                 handler = _WATCHED[name](handler)
         else:
@@ -245,7 +283,7 @@ class Session:
 
     def _serves_itself(self, name: str) -> bool:
         if name == "interrupt":
-            return self.operations.interruptible
+            return self.operations.interruptible or self.runner is not None
         return name != "batch_forget" or self._offers("forget")
 
     # The one call
@@ -509,7 +547,7 @@ class Session:
             self._shorten_setxattr()
         if not self.ready:
             try:
-                self.operations.init(self)
+                self._wait_for(self.operations.init(self))
             except Exception as error:
                 self.refused = f"the filesystem would not start: {error}"
                 raise
@@ -574,7 +612,9 @@ class Session:
             destroyed, self._destroyed = self._destroyed, True
         if not destroyed:
             try:
-                self.operations.destroy()
+                if self.runner is not None:
+                    self.runner.end()
+                self._wait_for(self.operations.destroy())
             except Exception as error:  # noqa: BLE001 - nobody is left who could be told
                 self.log_once("destroy failed", error)
 
@@ -584,7 +624,7 @@ class Session:
         self, handler: Any, caller: Caller, nodeid: int, request: Any, row: tuple[Any, ...], extlen: int
     ) -> None:
         (count,) = codec.U32.unpack_from(request, 40)
-        forget = self.operations.forget
+        forget = self._forget
         body = request[48 : 48 + 16 * min(count, (len(request) - 48) // 16)]
         for node, nlookup in codec.FORGET_ONE.iter_unpack(body):
             try:
@@ -688,6 +728,9 @@ class Session:
 # Rows that the session serves itself, whatever the filesystem offers.
 _OWN_ARGUMENTS = frozenset({"init", "batch_forget", "notify_reply"})
 _OWN = frozenset({"init", "destroy", "interrupt", "batch_forget", "notify_reply"})
+
+# What of a filesystem may be `async def`.
+_METHODS = frozenset({_METHOD_OF.get(op.name, op.name) for op in TABLE} - (_OWN - {"init", "destroy"}))
 
 # Requests that are never answered. INTERRUPT is only without a handler: ENOSYS ends it.
 NO_REPLY = frozenset(op.code for op in TABLE if op.reply == "" and op.name != "interrupt")

@@ -1,7 +1,7 @@
 """The bytes of one file in memory, sparse: what was never written takes no room, at any offset.
 
-Layer `fs`, below memory.py; plain data without a lock, a clock or a limit: who calls holds the lock and asks `grows`
-first.
+Layer `inodes`, for filesystems in memory; plain data without a lock, a clock or a limit: who calls holds the lock and
+asks `grows` first.
 """
 
 from __future__ import annotations

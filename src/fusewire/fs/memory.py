@@ -18,7 +18,6 @@ from bisect import bisect_right
 from itertools import count
 
 from fusewire.fs import memory_acl
-from fusewire.fs.memory_data import CHUNK, SparseData
 from fusewire.fs.memory_nodes import (
     ACLS,
     BLOCK,
@@ -36,6 +35,7 @@ from fusewire.fs.memory_nodes import (
 )
 from fusewire.inodes import HandleTable, InodeTable
 from fusewire.ops import FOREVER, Entry, Operations, Statfs
+from fusewire.sparse import CHUNK, SparseData
 from fusewire.wire import abi
 from fusewire.wire.codec import DirBuffer
 

@@ -12,7 +12,7 @@ import struct
 import time
 
 from fusewire.fs import memory_acl
-from fusewire.fs.memory_data import SparseData
+from fusewire.sparse import SparseData
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ class SourceOptions(Protocol):
     attr_timeout: float | None
     negative_timeout: float | None
     directory: dict[str, Any]
+    archive: dict[str, Any]
 
     @property
     def read_only(self) -> bool: ...
@@ -67,7 +68,8 @@ def open_opened(fd: int, source: str, options: SourceOptions) -> Operations:
             size = os.lseek(fd, 0, os.SEEK_END)
         else:
             raise OSError(errno.EINVAL, f"{source} is neither a file nor a block device")
-        return _open_squashfs(fd, size, source, options)
+        archive = _open_archive(fd, size, source, options)
+        return archive if archive is not None else _open_squashfs(fd, size, source, options)
     except BaseException:
         os.close(fd)
         raise
@@ -99,6 +101,32 @@ def open_directory(fd: int, source: str, options: SourceOptions) -> Operations:
         raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
 
 
+def _open_archive(fd: int, size: int, source: str, options: SourceOptions) -> Operations | None:
+    """Open a tar or zip archive; None if it is none. `fd` stays the caller's until it has worked."""
+    base = options.offset or 0
+    if os.pread(fd, 4, base) in (b"hsqs", b"\x7fELF"):
+        return None  # an image, without a look at anything else (a program with a zip archive behind it: see below)
+    from fusewire.fs import archive
+
+    file = archive.ArchiveFile(fd, size, base)
+    kind = archive.recognise(file.pread, file.size)
+    if kind is None:
+        return None
+    filesystem = archive.open_archive(fd, size, source, options, kind=kind, **options.archive)
+    if isinstance(filesystem, archive.ArchiveWithXattrs) and os.geteuid() == 0:
+        filesystem.trusted = _trusted(options)
+    return filesystem
+
+
+def _trusted(options: SourceOptions) -> bool:
+    trusted = options.directory.get("trusted")
+    if trusted is None:
+        from fusewire.linux.userns import in_first_namespace
+
+        trusted = in_first_namespace()
+    return bool(trusted)
+
+
 def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> Operations:
     from fusewire.formats.containers import find_image
     from fusewire.formats.squashfs import Image
@@ -126,10 +154,5 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
         file=file,
     )
     if isinstance(filesystem, SquashFSWithXattrs) and os.geteuid() == 0:
-        trusted = options.directory.get("trusted")
-        if trusted is None:
-            from fusewire.linux.userns import in_first_namespace
-
-            trusted = in_first_namespace()
-        filesystem.trusted = trusted
+        filesystem.trusted = _trusted(options)
     return filesystem
