@@ -53,17 +53,19 @@ class Source:
 
     path = "probe"
     workers = 2
-    read_only = by_handle = False
+    read_only = by_handle = is_program = False
 
     def __init__(self, directory: str | None) -> None:
         self.directory = None if directory is None else os.open(directory, os.O_PATH | os.O_DIRECTORY)
-        self.files = [] if directory is not None else [os.open(__file__, os.O_RDONLY)]
+        self.files_of_first = [] if directory is not None else [os.open(__file__, os.O_RDONLY)]
 
     def __call__(self) -> Probe:
         return Probe()
 
     def drop_first(self) -> None:
         pass
+
+    preload = drop_first
 
     def move_in(self, entered: object, *, trusted: bool) -> None:
         pass

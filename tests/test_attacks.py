@@ -63,17 +63,17 @@ def test_umask_that_denies_the_owner_is_the_commands_alone(world: World, small: 
 
 
 def test_limit_of_processes_costs_workers_and_not_an_endless_wait(world: World, small: Path) -> None:
-    # A run needs its three processes and a worker; a mount its own, its server, two workers or one and who watches it,
-    # and one who listens.
-    for limit, code in ((4, 0), (3, 125)):
+    # A run needs its three processes, a locked-in one with a worker, who listens to that, and for a moment one more; a
+    # mount its two, its own, one who watches, and two who listen.
+    for limit, code in ((6, 0), (5, 125), (3, 125)):
         done = world.fw("run", f"{small}:env", "--", "cat", "env/hello.txt", uid=LONER, wrap=["prlimit", f"-u{limit}"])
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout == HELLO if code == 0 else "ulimit -u" in done.stderr
-    done = world.fw("mount", small, "env", uid=LONER, wrap=["prlimit", "-u5"])
+    done = world.fw("mount", small, "env", uid=LONER, wrap=["prlimit", "-u4"])
     assert done.returncode == 125
     assert "ulimit -u" in done.stderr
-    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u6"]):
+    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u8"]):
         assert world.do("cat", "env/hello.txt", uid=LONER).stdout == HELLO
     assert os.listdir(world.home(LONER)) == []
 
@@ -534,9 +534,9 @@ def test_mount_that_the_terminal_has_hung_up_on_goes_on_if_it_ignores_that(world
     os.chmod(world.home() / "image", 0o666)
     ignore = ["sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh"]  # nohup(1)
     code = (
-        "import sys; from fusewire import cli; from fusewire.fs import sources; real = sources.open_source\n"
+        "import sys; from fusewire import cli; from fusewire.fs import sources; real = sources.open_fd\n"
         f"def slow(*a): print('begun', flush=True); open({str(world.home() / 'image')!r}).read(); return real(*a)\n"
-        "sources.open_source = slow\nsys.exit(cli.main(['mount', sys.argv[1], 'env']))"
+        "sources.open_fd = slow\nsys.exit(cli.main(['mount', sys.argv[1], 'env']))"
     )
     job = world.start("program", *world.words()[1], "-c", code, small, wrap=ignore)
     assert job.line() == "begun"

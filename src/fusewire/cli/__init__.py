@@ -111,7 +111,12 @@ def _parser() -> _Parser:
 
     # Where another command's exit status is given on, 125 is ours: env(1), timeout(1), `docker run`.
     run = add("run", _run, "run a command with images or directories mounted, seen by it alone", _RUN_USAGE, 125)
-    run.add_argument("specs", nargs="+", metavar="SOURCE:TARGET", help="image or directory, and where it appears")
+    run.add_argument(
+        "specs",
+        nargs="+",
+        metavar="SOURCE:TARGET",
+        help="image or directory, and where it appears; with :rw to be written to",
+    )
     _add_options(run)
     _add_maps(run)
     _add_locks(run)
@@ -121,6 +126,13 @@ def _parser() -> _Parser:
         choices=("command", "all"),
         default="command",
         help="keep the mounts until the command ends (default), or until its last background child does",
+    )
+    run.add_argument(
+        "--overlay",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="keep what is written to SOURCE:TARGET:rw in DIR, or `tmpfs`: forget it (default)",
     )
     run.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set for the command")
     run.add_argument("--cwd", metavar="DIR", help="working directory of the command, inside")
@@ -178,7 +190,7 @@ def _parser() -> _Parser:
     return parser
 
 
-_RUN_USAGE = "fusewire run SOURCE:TARGET [SOURCE:TARGET ...] [options] -- COMMAND [ARG ...]"
+_RUN_USAGE = "fusewire run SOURCE:TARGET[:rw] [SOURCE:TARGET[:rw] ...] [options] -- COMMAND [ARG ...]"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +264,7 @@ def _options(arguments: argparse.Namespace, parser: _Parser) -> MountOptions:
 
 
 def _run(arguments: argparse.Namespace, parser: _Parser) -> int:
-    from fusewire.cli.run import Run, parse_spec, run
+    from fusewire.cli.run import Run, add_layers, parse_spec, run
 
     if arguments.options == ["help"]:
         _options(arguments, parser)
@@ -264,6 +276,8 @@ def _run(arguments: argparse.Namespace, parser: _Parser) -> int:
         environment[name] = value
     try:
         specs = [parse_spec(text) for text in arguments.specs]
+        if arguments.overlay or any(spec.writable for spec in specs):
+            add_layers(specs, arguments.overlay)
     except ValueError as error:
         parser.exit(parser.wrong, f"fusewire: {error}\n")
     command = arguments.command or [os.environ.get("SHELL") or "/bin/sh"]

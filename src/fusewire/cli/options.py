@@ -52,6 +52,7 @@ class MountOptions:
         "ac_attr_timeout",
         "allow_other",
         "allow_root",
+        "archive",
         "attr_timeout",
         "auto_cache",
         "auto_unmount",
@@ -115,6 +116,8 @@ class MountOptions:
         self.max_write: int | None = None
         # What concerns a host directory, under the names of fs.passthrough.Config; what was not said is not in it.
         self.directory: dict[str, Any] = {}
+        # What concerns an archive, under the names of fs.archive.open_archive.
+        self.archive: dict[str, Any] = {}
 
     @property
     def read_only(self) -> bool:
@@ -271,6 +274,7 @@ _OWNERSHIP = (
 )
 _SOURCE = (
     _valued("offset", "BYTES", _size(0, (1 << 63) - 1), "where the image begins in its file (default: found)"),
+    _valued("spool_size", "BYTES", _size(0, 1 << 60), "most that an archive may keep in temporary files (default 32G)"),
     _valued("fsname", "NAME", _name(3500), "what df and mountinfo show as the source"),
     _valued("subtype", "NAME", _name(200), "the type is shown as fuse.fusewire.NAME"),
 )
@@ -489,7 +493,9 @@ def _apply(result: MountOptions, element: str) -> None:
         converted = row.convert(value)
     except ValueError as error:
         raise OptionError(element, str(error)) from None
-    if not row.directory:
+    if name == "spool_size":
+        result.archive[name] = converted
+    elif not row.directory:
         setattr(result, name, converted)
     elif name.startswith("translate_"):
         before = result.directory.get(name, ())

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from fusewire.cli.options import MountOptions
+    from fusewire.cli.overlays import Layer
     from fusewire.cli.server_process import Locks
+    from fusewire.cli.source import Source
     from fusewire.linux.shadow import Shadow
     from fusewire.linux.userns import Plan
 
@@ -36,13 +38,15 @@ _FAREWELL = 5.0  # seconds that the server may take to stop serving
 
 
 class Spec:
-    """One SOURCE:TARGET of the command line."""
+    """One SOURCE:TARGET of the command line; `writable` with :rw behind it, `layer` is what takes the changes then."""
 
-    __slots__ = ("source", "target")
+    __slots__ = ("layer", "source", "target", "writable")
 
-    def __init__(self, source: str, target: str) -> None:
+    def __init__(self, source: str, target: str, *, writable: bool = False) -> None:
         self.source = source
         self.target = target
+        self.writable = writable
+        self.layer: Layer | None = None
 
 
 class Run:
@@ -75,19 +79,54 @@ class Run:
 
 
 def parse_spec(text: str) -> Spec:
-    """Cut SOURCE:TARGET at its last colon. TARGET has to be absolute or to start with "./" or "../".
+    """Cut SOURCE:TARGET or SOURCE:TARGET:rw at its last colon.
 
     Raises ValueError with a message for the person.
     """
-    source, colon, target = text.rpartition(":")
+    rest = text.removesuffix(":rw")
+    writable = rest != text and ":" in rest
+    source, colon, target = (rest if writable else text).rpartition(":")
     if not colon or not source or not target:
         raise ValueError(f"{text!r} is not SOURCE:TARGET (for example env.sqsh:/opt/env)")
-    return Spec(source, os.path.abspath(target))
+    return Spec(source, os.path.abspath(target), writable=writable)
+
+
+def add_layers(specs: list[Spec], places: list[str]) -> None:
+    """Give the specs that are to be written to their layers: `places` are those of --overlay, in their order.
+
+    A directory is written to as it is, unless a place was named. Raises ValueError with a message for the person.
+    """
+    from fusewire.cli.overlays import TMPFS, Layer
+
+    chosen = [spec for spec in specs if spec.writable and (places or not os.path.isdir(spec.source))]
+    if places and not chosen and len(specs) == 1:
+        chosen = specs
+    if not chosen and places:
+        raise ValueError("--overlay: say which of the mounts it is for, by SOURCE:TARGET:rw")
+    if places in ([], [TMPFS]):
+        places = [TMPFS] * len(chosen)
+    if len(places) != len(chosen):
+        raise ValueError(f"--overlay was given {len(places)} times, and {len(chosen)} mounts are to be written to")
+    for spec, place in zip(chosen, places, strict=True):
+        spec.layer = Layer(place)
 
 
 def run(job: Run) -> int:
     """Do the job and give the exit status: the command's, or 125 to 127 when it could not be started."""
     job.specs.sort(key=lambda spec: spec.target.count("/"))  # the outer mounts first
+    layers = [spec.layer for spec in job.specs if spec.layer is not None]
+    try:
+        for layer in layers:
+            layer.choose(plan_of(job.maps))
+            if layer.own:
+                print(f"fusewire: the kernel's overlayfs cannot be had: {layer.reason}", file=sys.stderr)
+        return _run(job)
+    finally:
+        for layer in layers:
+            layer.remove()
+
+
+def _run(job: Run) -> int:
     old_mask = supervise.block()
     supervisor = os.getpid()
     to_server, to_command = process.socket_pair()
@@ -407,11 +446,10 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
     """
     from fusewire.cli.server_process import Locks, ServerProcess
     from fusewire.cli.serving import own_ids_inside
-    from fusewire.cli.source import Source
 
     own_ids_inside(job.options, job.maps)
     try:
-        sources = [Source(spec.source, job.options) for spec in job.specs]
+        sources = [_source_of(spec, job) for spec in job.specs]
     except OSError as error:
         raise Refused(explain(error)) from error
     how = job.locks or Locks()
@@ -461,6 +499,21 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
         os._exit(supervise.leave(died[0]))
 
 
+def _source_of(spec: Spec, job: Run) -> Source:
+    from fusewire.cli.serving import own_ids_inside
+    from fusewire.cli.source import Source
+
+    if spec.layer is None:
+        return Source(spec.source, job.options)
+    from fusewire.cli import overlays
+
+    options = job.options if os.path.isdir(spec.source) else overlays.options_under(job.options, job.maps)
+    own_ids_inside(options, job.maps)
+    if spec.layer.own:
+        return overlays.LayeredSource(spec.source, options, spec.layer)
+    return Source(spec.source, options)
+
+
 # The command
 
 
@@ -490,11 +543,23 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
             _make(places, os.fsencode(spec.target))
     for spec in job.specs:
         target, lock = _claim(places, os.fsencode(spec.target), is_nested(spec, job.specs))
-        held = mount.mount(target, kernel_options(job.options, spec.source, opened=opened), "direct")
+        upper = None
+        if spec.layer is not None and not spec.layer.own:
+            from fusewire.cli.overlays import Upper
+
+            upper = Upper(spec.layer, target)
+            lock += [upper.claim] if upper.claim >= 0 else []  # which is held as long as the mounts are
+        options = kernel_options(job.options, spec.source, opened=opened)
+        if spec.layer is not None and spec.layer.own:
+            options.flags &= ~syscalls.MS_RDONLY
+            options.default_permissions = True
+        held = mount.mount(target, options, "direct")
         devices = spare_devices(job.options)
         _hand_over(socket, b"%s %d" % (namespace, len(lock)), [held.fd, *devices, *lock])
         first_look(target)
         held.close()
+        if upper is not None:
+            upper.mount(target, options.flags & ~syscalls.MS_RDONLY)
         for fd in (*devices, *lock):
             os.close(fd)
     places.seal()

@@ -144,7 +144,9 @@ class ServerProcess:
         if directory is not None:
             directory.drop_first()  # its descriptors would be closed under it
         child = _Child(sources, options, owner or (os.getuid(), os.getgid()), theirs, silent)
-        keep = [theirs, *(fd for source in sources for fd in source.files[-1:])]  # its first filesystem is the only one
+        keep = [theirs, *(fd for source in sources for fd in source.files_of_first)]
+        for source in sources:
+            source.preload()
 
         def start(plan: Plan) -> SandboxError | None:
             nonlocal action, lacking
@@ -205,11 +207,16 @@ class ServerProcess:
     def _listen(self) -> None:
         import threading
 
-        self._ended = threading.Event()
-        threading.Thread(target=self._hear, name="server", daemon=True).start()
+        ended = threading.Event()
+        try:
+            threading.Thread(target=self._hear, args=(ended,), name="server", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(
+                errno.EAGAIN, f"no thread to hear the server: {error} (raise `ulimit -u` or `ulimit -v`)"
+            ) from error
+        self._ended = ended
 
-    def _hear(self) -> None:
-        assert self._ended is not None
+    def _hear(self, ended: threading.Event) -> None:
         packet = b"?"
         while packet:
             try:
@@ -225,7 +232,7 @@ class ServerProcess:
             if not packet:
                 self._hung_up = True
             if not packet or not self._left:
-                self._ended.set()
+                ended.set()
             if self.on_end is not None:
                 self.on_end()
 

@@ -65,6 +65,7 @@ def enter(
     for note in plan.notes:
         messages.say("info", f"sandbox: {note}")
     first_namespace = in_first_namespace() and not plan.new_user
+    factory.preload()
     factory.drop_first()  # its descriptors would be closed under it
     keep = [listening.fileno(), *factory.files, *messages.files]
     if tell is not None:

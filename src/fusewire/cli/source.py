@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from fusewire.ops import Operations
 
 
+def cache_directory(name: str) -> str | None:
+    """The user's directory for what can be made again, XDG Base Directory Specification; None: there is no place."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):
+        home = os.environ.get("HOME", "")
+        if not home.startswith("/"):
+            return None
+        base = os.path.join(home, ".cache")
+    return os.path.join(base, "fusewire", name)
+
+
 def is_program(path: str) -> bool:
     """True if a source is a filesystem that is a program; the path of a file is none."""
     if ":" not in path:
@@ -42,6 +53,7 @@ class Source:
         self._first_fd = -1
         self._is_directory = not self.is_program and os.path.isdir(self.path)
         self._first: Operations | None = None
+        self._lasts = False  # the first filesystem is the only one
         self.strange: list[int] = []  # descriptors that were open before a program was loaded, and are not its
         try:
             if self.is_program:
@@ -54,8 +66,11 @@ class Source:
                 from fusewire.fs import sources
 
                 self._fd = sources.open_fd(self.path)
-                first = self._open()
+                first = self._open_first()
             self._first = first
+            if hasattr(first, "shared"):
+                # An archive: where it will be served there are neither its index nor places for temporary files.
+                self._lasts = first.shared = True
             self.workers = first.workers  # how many suit it; 0: it does not matter
             self.read_only = first.read_only
         except BaseException:
@@ -64,8 +79,24 @@ class Source:
 
     def __call__(self) -> Operations:
         """Give a filesystem; its user ends it by `destroy`."""
-        first, self._first = self._first, None
+        first = self._first
+        if not self._lasts:
+            self._first = None
         return self._open() if first is None else first
+
+    def _open_first(self) -> Operations:
+        """Open it where an index can be kept, with a word about how long that takes for who is at a terminal."""
+        from fusewire.cli.progress import Progress
+
+        said = self._mount.archive
+        said["cache"] = cache_directory("archives")
+        said["spool"] = [os.environ["TMPDIR"]] if os.environ.get("TMPDIR", "").startswith("/") else []
+        with Progress(os.path.basename(self.path)) as progress:
+            said["progress"] = progress
+            try:
+                return self._open()
+            finally:
+                del said["progress"]
 
     def _open(self) -> Operations:
         if self.is_program:
@@ -89,10 +120,23 @@ class Source:
 
     @property
     def files(self) -> list[int]:
-        """The descriptors that have to stay, but for a directory's; the last one is the first filesystem's."""
+        """The descriptors that have to stay, but for a directory's."""
         if self._fd < 0 or self._is_directory:
             return []
-        return [self._fd] if self._first is None else [self._fd, self._first_fd]
+        return [self._fd, *self.files_of_first]
+
+    @property
+    def files_of_first(self) -> list[int]:
+        """The descriptors of the first filesystem, in a process that has no others."""
+        if self._first is None or self._is_directory:
+            return []
+        return list(getattr(self._first, "fds", [self._first_fd]))
+
+    def preload(self) -> None:
+        """Load what the first filesystem may need later, where it can still be found."""
+        preload = getattr(self._first, "preload", None)
+        if preload is not None:
+            preload()
 
     def move_in(self, entered: Entered, *, trusted: bool) -> None:
         """Go on inside a sandbox, where a directory's descriptor stands for the new root.
@@ -113,7 +157,9 @@ class Source:
             self._fd = -1
 
     def close(self) -> None:
-        """Let go of the source. Filesystems that were given out live on."""
+        """Let go of the source. Filesystems that were given out live on, but for an archive's, which is one for all."""
+        if self._lasts and self._first is not None:
+            self._lasts = self._first.shared = False  # type: ignore[attr-defined]
         self.drop_first()
         if self._fd >= 0:
             os.close(self._fd)
@@ -121,6 +167,8 @@ class Source:
 
     def drop_first(self) -> None:
         """End the filesystem that showed that the source can be served."""
+        if self._lasts:
+            return
         first, self._first = self._first, None
         if first is not None:
             first.destroy()
