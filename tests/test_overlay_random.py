@@ -1,0 +1,56 @@
+"""Random calls on our own overlay and on the kernel's, over the same tree: what they show has to be the same.
+
+Ours lies over the directory, with either form of marks, and over an image of it.
+
+Afterwards each one's upper directory is given to the others, to fuse-overlayfs too, who have to show the same tree.
+The length of a run is set by FUSEWIRE_RANDOM_STEPS; with FUSEWIRE_RANDOM_SEED=random each run is another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from rootless import NOBODY, TESTS, rootless_home, rootless_python
+
+STEPS = int(os.environ.get("FUSEWIRE_RANDOM_STEPS", "250"))
+SEEDS = [random.randrange(1 << 32)] if os.environ.get("FUSEWIRE_RANDOM_SEED") == "random" else [1, 2]
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
+    uid: int = request.param
+    if not uid and os.geteuid():
+        pytest.skip("mounting in the first namespace needs root")
+    base = tempfile.mkdtemp(prefix="fusewire-overlay-", dir=rootless_home(uid) if uid else "/tmp")
+    if os.geteuid() == 0:
+        os.chown(base, uid, uid)
+    os.chmod(base, 0o755)
+    try:
+        yield uid, base
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwx", base], check=False)
+        shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("kind", ["directory", "names", "image"])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("place", [0, NOBODY], ids=["root", "rootless"], indirect=True)
+def test_our_overlay_shows_what_the_kernels_does(place: tuple[int, str], seed: int, kind: str) -> None:
+    if kind == "image" and shutil.which("mksquashfs") is None:
+        pytest.skip("mksquashfs (squashfs-tools) is missing")
+    uid, base = place
+    words = rootless_python(uid) if uid else [sys.executable, "-W", "error"]
+    program = shutil.copy(f"{TESTS}/overlay_driver.py", base)
+    os.chmod(program, 0o755)
+    orders = json.dumps({"base": base, "seed": seed, "steps": STEPS, "kind": kind})
+    done = subprocess.run([*words, program, "compare", orders], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
