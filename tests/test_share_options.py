@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import fusewire
 from fusewire.cli import share_table
-from fusewire.cli.source import Source
 from fusewire.cli.share_options import SHARE, VIRTIOFSD, OptionError, describe, parse
+from fusewire.cli.source import Source
 from fusewire.fs.passthrough import Config
 from fusewire.ops import Caller
 
