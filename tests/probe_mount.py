@@ -53,7 +53,7 @@ class Source:
 
     path = "probe"
     workers = 2
-    read_only = by_handle = is_program = False
+    read_only = by_handle = is_free = False
 
     def __init__(self, directory: str | None) -> None:
         self.directory = None if directory is None else os.open(directory, os.O_PATH | os.O_DIRECTORY)

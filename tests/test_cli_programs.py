@@ -43,7 +43,7 @@ def test_program_is_mounted_and_unmounted(world: World, uid: int) -> None:
         assert found["source"] == "mine:Hello"
         assert world.sh("ls mnt/; cat mnt/hello.txt", uid=uid).stdout == "hello.txt\nhello world\n"
         assert "Read-only" in world.sh("echo > mnt/new", uid=uid).stderr
-        assert world.listed(uid)[0]["sandbox"] == "sandbox: none, for it is a program of its user's"
+        assert world.listed(uid)[0]["sandbox"] == "sandbox: none, for it is a program"
         assert status(found["server"], "Seccomp") == status("self", "Seccomp")  # type: ignore[arg-type]
     assert ends(found["server"], 0.0)
     assert sorted(path.name for path in world.home(uid).iterdir() if path.name != "__pycache__") == ["mine.py"]

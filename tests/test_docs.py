@@ -1,12 +1,17 @@
 """README and docs say what is so: commands run, options exist and are documented, programs work, links lead somewhere.
 
-A block after the comment `<!-- runs -->` is run by bash, in a directory that holds env.sqsh; a Python block after
-`<!-- file: NAME -->` is a file, which a test below mounts or runs. All other shell blocks are only parsed.
+A block after the comment `<!-- runs -->` is run by bash, in a directory that holds env.sqsh. `<!-- runs: ... -->` says
+what else it takes, clauses with `; ` between them: `mounted at NAME` (env.sqsh is), `with FILES` (are made before),
+`until NAME` (it appears, then Ctrl-C), `leaves NAMES` (are there afterwards). A Python block after
+`<!-- file: NAME -->` is a file, which a test mounts or runs. All others are only parsed, and `<!-- not run: REASON -->`
+says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import configparser
+import io
 import os
 import re
 import shlex
@@ -15,6 +20,10 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
+import tomllib
+import xml.etree.ElementTree
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +39,16 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 COMMANDS = ROOT / "docs" / "commands.md"
 IMAGE = Path(fusewire.__file__).parent / "data" / "demo.sqsh"
 # Options of other programs that the pages speak of.
-FOREIGN = {"--device", "--cap-add", "--security-opt", "--unshare-pid", "--add-subuids", "--add-subgids", "--fetch"}
+FOREIGN = {
+    "--device",
+    "--cap-add",
+    "--security-opt",
+    "--unshare-pid",
+    "--add-subuids",
+    "--add-subgids",
+    "--fetch",
+    "--block",
+}
 
 
 class Block:
@@ -231,31 +249,122 @@ def test_shell_blocks_run(block, who, tmp_path):
     rootless.open_fuse_device()
     words = rootless.rootless_python() if who == "rootless" else ["env", sys.executable, "-W", "error"]
     work = place(words, tmp_path)
-    mounted = block.mark.removeprefix("runs: mounted at ") if block.mark != "runs" else ""
+    clauses = dict(re.findall(r"(mounted at|with|until|leaves) ([^;]+)", block.mark))
+    mounted = clauses.get("mounted at", "")
+    for name in clauses.get("with", "").split():
+        make_file(work / name)
+    before = {path.name for path in work.iterdir()}
     script = f"export PATH={work}/bin:$PATH XDG_RUNTIME_DIR={work}\ncd {work}\n"
     if mounted:
         script += f"fusewire mount env.sqsh {mounted}\nexec 5<{mounted}/README\n"
     script += block.text
     if mounted:
         script += f"exec 5<&-\nfusewire umount {mounted}\n"
+    program = subprocess.Popen(
+        [*words[:-3], "bash", "-euo", "pipefail", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        process_group=0,
+    )
     try:
-        done = subprocess.run(
-            [*words[:-3], "bash", "-euo", "pipefail", "-c", script],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=90,
-            cwd="/",
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.strip()
-        assert sorted(path.name for path in work.iterdir()) in (["bin", "env.sqsh"], ["bin", "env.sqsh", "fusewire"])
+        if "until" in clauses:
+            while not (work / clauses["until"]).exists() and program.poll() is None:
+                os.sched_yield()
+            os.killpg(program.pid, signal.SIGINT)
+        out, err = program.communicate(timeout=90)
+        assert program.returncode == 0, out + err
+        assert out.strip() or "until" in clauses
+        after = {path.name for path in work.iterdir()} - before
+        assert after - {"fusewire"} == set(clauses.get("leaves", "").split())
         assert str(work) not in Path("/proc/self/mountinfo").read_text()
     finally:
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGKILL)
+            program.communicate()
         shutil.rmtree(work, ignore_errors=True)
 
 
+def make_file(path: Path) -> None:
+    """Make an archive of the two files `one` and `two`."""
+    contents = {"one": b"1\n", "two": b"2\n"}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in contents.items():
+                archive.writestr(name, data)
+        return
+    with tarfile.open(path, f"w:{path.suffix[1:]}") as archive:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "block", [*blocks("sh"), *blocks("python")], ids=lambda block: f"{block.language}-{block.name}"
+)
+def test_block_is_run_or_says_why_not(block):
+    if block.page == COMMANDS and f"## {' '.join(block.text.split()[:2])}" in block.page.read_text():
+        return  # the synopsis of a command
+    reason = NOT_RUN.get((block.page.name, block.text.splitlines()[0].split("  ")[0]))
+    assert reason or re.match("runs$|runs: .|file: .|not run: .", block.mark), f"{block.name} is not run, for no reason"
+
+
+# Where a comment would be in the way: the two pages that are read unrendered most.
+NOT_RUN = {
+    ("README.md", "fusewire run env.sqsh:/opt/env -- /opt/env/bin/python train.py"): "run piece by piece further down",
+    ("README.md", "./dev demo"): "tests/test_demo.py runs it",
+    ("README.md", "./dev test"): "this is it",
+    ("README.md", "python3 -m pip install ."): "it changes the Python that runs it",
+    ("CONTRIBUTING.md", "./dev test"): "the tool runs the tests, not the other way around",
+}
+
+
+def test_every_reason_not_to_run_a_block_is_for_one_that_there_is():
+    there = {(block.page.name, block.text.splitlines()[0].split("  ")[0]) for block in blocks("sh")}
+    assert set(NOT_RUN) <= there
+
+
+def test_blocks_of_data_are_well_formed():
+    for block in blocks("xml"):
+        xml.etree.ElementTree.fromstring(f"<all>{block.text}</all>")
+    for block in blocks("toml"):
+        tomllib.loads(block.text)
+    for block in blocks("ini"):
+        configparser.RawConfigParser(strict=False).read_string(block.text)
+
+
+def test_pod_of_the_guide_runs_a_command_that_exists():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    (block,) = blocks("yaml")
+    pod = yaml.safe_load(block.text)
+    (container,) = pod["spec"]["containers"]
+    words = container["command"]
+    assert words[0] == "fusewire"
+    parsers()[""].parse_args(words[1 : words.index("--")])
+    (mount,), (volume,) = container["volumeMounts"], pod["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    assert words[2].startswith(mount["mountPath"] + "/")
+
+
 # --- programs
+
+# The files in pages, and the test that mounts or runs them.
+PROGRAMS = {
+    "README.md": {"test_docs.py": ["hello.py"]},
+    "writing-a-filesystem.md": {"test_docs.py": ["test_share.py", "test_tree.py", "tree.py"]},
+    "nodes.md": {
+        "test_nodes_mount.py": [
+            *("node_clock.py", "node_hello.py", "node_notes.py", "node_slow.py", "node_users.py", "test_node_notes.py"),
+        ]
+    },
+    "python-api.md": {"test_public_api.py": ["api_async.py", "api_mounted.py", "test_api.py"]},
+    "fusepy.md": {"test_compat_fusepy.py": ["greeting.py"]},
+    "remote.md": {"test_docs.py": ["remote_options.py"]},
+    "clusters.md": {"test_clusters.py": ["cluster.py"]},
+}
 
 
 def files() -> dict[str, str]:
@@ -263,8 +372,21 @@ def files() -> dict[str, str]:
 
 
 def test_all_python_blocks_are_files_that_are_tested():
-    assert len(blocks("python")) == len(blocks("python", "file: "))
-    assert sorted(files()) == ["hello.py", "test_share.py", "test_tree.py", "tree.py"]
+    found: dict[str, list[str]] = {}
+    for block in blocks("python", "file: "):
+        found.setdefault(block.page.name, []).append(block.mark.removeprefix("file: "))
+    assert {page: sorted(names) for page, names in found.items()} == {
+        page: sorted(name for names in tests.values() for name in names) for page, tests in PROGRAMS.items()
+    }
+    for tests in PROGRAMS.values():
+        for test, names in tests.items():
+            text = (ROOT / "tests" / test).read_text()
+            assert [name for name in names if name not in text] == []
+
+
+def test_program_about_options_of_remote_sources_runs():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", files()["remote_options.py"]], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 LOOK = """

@@ -77,6 +77,7 @@ class MountOptions:
         "negative_timeout",
         "offset",
         "squash_owner",
+        "storage_words",
         "subtype",
         "timeout",
         "uid",
@@ -118,6 +119,15 @@ class MountOptions:
         self.directory: dict[str, Any] = {}
         # What concerns an archive, under the names of fs.archive.open_archive.
         self.archive: dict[str, Any] = {}
+        # What fsspec's filesystem behind a URL is to be made with, as KEY=VALUE.
+        self.storage_words: list[str] = []
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """`storage_words` as a dictionary. Raises ValueError."""
+        from fusewire.fs.remote import storage_options
+
+        return storage_options(self.storage_words)
 
     @property
     def read_only(self) -> bool:
@@ -274,6 +284,7 @@ _OWNERSHIP = (
 )
 _SOURCE = (
     _valued("offset", "BYTES", _size(0, (1 << 63) - 1), "where the image begins in its file (default: found)"),
+    _valued("storage", "KEY=VALUE", _name(65536), "what a URL's filesystem is made with; may be repeated"),
     _valued("spool_size", "BYTES", _size(0, 1 << 60), "most that an archive may keep in temporary files (default 32G)"),
     _valued("fsname", "NAME", _name(3500), "what df and mountinfo show as the source"),
     _valued("subtype", "NAME", _name(200), "the type is shown as fuse.fusewire.NAME"),
@@ -495,6 +506,8 @@ def _apply(result: MountOptions, element: str) -> None:
         raise OptionError(element, str(error)) from None
     if name == "spool_size":
         result.archive[name] = converted
+    elif name == "storage":
+        result.storage_words.append(value)
     elif not row.directory:
         setattr(result, name, converted)
     elif name.startswith("translate_"):

@@ -455,7 +455,7 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
     how = job.locks or Locks()
     owner = (0, 0) if "root" in job.maps else None
     # One process for all images, whose server has no other files; one for each directory, the only one that it sees.
-    images = [source for source in sources if source.directory is None and not source.is_program]
+    images = [source for source in sources if source.directory is None and not source.is_free]
     groups = [images] * bool(images) + [[source] for source in sources if source not in images]
     place = {}
     try:

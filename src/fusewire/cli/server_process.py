@@ -76,17 +76,20 @@ class Locks:
             landlock=self.landlock,
             writable=not source.read_only,
             readable=(b"/proc",) if caller.can_switch() else (),
+            executes=True,
             child=True,
             attempt=attempt,
         )
 
-    def refuse_program(self, source: str) -> None:
-        """Raise OSError if somebody wants a filesystem locked in that is a program: nobody knows what it needs."""
+    def refuse_free(self, source: Source) -> None:
+        """Raise OSError if somebody wants a server locked in of which nobody knows what it needs."""
         asked = [f"--sandbox {self.sandbox}"] * (self.sandbox not in ("auto", "none"))
         asked += [f"--landlock {self.landlock}"] * (self.landlock == "require")
         asked += [f"--seccomp {self.seccomp}"] * (self.seccomp not in ("auto", "none"))
         if asked:
-            raise OSError(errno.EOPNOTSUPP, f"{asked[0]} is not for {source}, which is a program: leave it out")
+            raise OSError(
+                errno.EOPNOTSUPP, f"{asked[0]} is not for {source.path}, which is a {source.kind}: leave it out"
+            )
 
     def filter(self) -> tuple[str, str]:
         """Give the action of the system call filter, and why there is none where that was not asked for.
@@ -138,7 +141,7 @@ class ServerProcess:
         self._left = 0
         self._hung_up = False
         self._status: int | None = None
-        action, lacking = ("none", "") if sources[0].is_program else locks.filter()
+        action, lacking = ("none", "") if sources[0].is_free else locks.filter()
         ours, theirs = _packets()
         directory = next((source for source in sources if source.directory is not None), None)
         if directory is not None:
@@ -163,10 +166,10 @@ class ServerProcess:
             return None
 
         try:
-            if any(source.is_program for source in sources):
-                locks.refuse_program(sources[0].path)
+            if any(source.is_free for source in sources):
+                locks.refuse_free(sources[0])
                 self.pid = _start_free(child, set(sources[0].strange) - {0, 1, 2, theirs} | {ours})
-                self.summary = "sandbox: none, for it is a program of its user's"
+                self.summary = f"sandbox: none, for it is a {sources[0].kind}"
             else:
                 plan = locks.plan(directory, start)
                 if self.pid < 0 and (failure := start(plan)) is not None:  # not tried yet: a mode that was asked for

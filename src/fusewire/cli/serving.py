@@ -31,20 +31,20 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     if default_permissions is None:
         default_permissions = allow_other or options.allow_root
     # An image is read-only; the flag makes the kernel say so by itself.
-    from fusewire.cli.source import is_program
+    from fusewire.cli.source import kind_of
     from fusewire.linux.syscalls import MS_RDONLY
 
-    program = is_program(source)
-    directory = not program and os.path.isdir(source)
+    file = kind_of(source) == "path"
+    directory = file and os.path.isdir(source)
     if directory and allow_other and not default_permissions:
         raise OSError(
             errno.EINVAL,
             f"{source} is a directory: with allow_other and no_default_permissions nobody would check permissions",
         )
-    read_only = 0 if directory or program else MS_RDONLY
+    read_only = MS_RDONLY if file and not directory else 0
 
     return Options(
-        fsname=os.fsencode(options.fsname or (source if program else os.path.abspath(source))),
+        fsname=os.fsencode(options.fsname or (os.path.abspath(source) if file else source)),
         subtype=os.fsencode(SUBTYPE if options.subtype is None else f"{SUBTYPE}.{options.subtype}"),
         flags=options.flags | read_only,
         allow_other=allow_other,

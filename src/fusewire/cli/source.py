@@ -25,13 +25,18 @@ def cache_directory(name: str) -> str | None:
     return os.path.join(base, "fusewire", name)
 
 
-def is_program(path: str) -> bool:
-    """True if a source is a filesystem that is a program; the path of a file is none."""
-    if ":" not in path:
-        return False
+def kind_of(path: str) -> str:
+    """Tell what a source is by its form: "program" (MODULE:NAME), "url", or "path", which everything that exists is."""
+    if ":" not in path or os.path.lexists(path):
+        return "path"
+    if "://" in path:
+        from fusewire.fs import remote
+
+        if remote.is_url(path):
+            return "url"
     from fusewire.cli import programs
 
-    return programs.is_program(path)
+    return "program" if programs.is_program(path) else "path"
 
 
 class Source:
@@ -46,17 +51,21 @@ class Source:
 
         Raises OSError that names the source.
         """
-        self.is_program = is_program(path)
-        self.path = path if self.is_program else os.path.abspath(path)
+        self.kind = kind_of(path)
+        self.path = os.path.abspath(path) if self.kind == "path" else path
         self._mount = options
         self._fd = -1
         self._first_fd = -1
-        self._is_directory = not self.is_program and os.path.isdir(self.path)
+        self._is_directory = self.kind == "path" and os.path.isdir(self.path)
         self._first: Operations | None = None
         self._lasts = False  # the first filesystem is the only one
         self.strange: list[int] = []  # descriptors that were open before a program was loaded, and are not its
+        self.workers = 0  # how many suit its filesystem; 0: it does not matter
+        self.read_only = False  # as far as it is known
+        if self.kind == "url":
+            return  # opened by the process that serves it: connections and threads do not survive a fork
         try:
-            if self.is_program:
+            if self.kind == "program":
                 from fusewire.cli.programs import load
                 from fusewire.linux.process import open_fds
 
@@ -71,7 +80,7 @@ class Source:
             if hasattr(first, "shared"):
                 # An archive: where it will be served there are neither its index nor places for temporary files.
                 self._lasts = first.shared = True
-            self.workers = first.workers  # how many suit it; 0: it does not matter
+            self.workers = first.workers
             self.read_only = first.read_only
         except BaseException:
             self.close()
@@ -99,18 +108,27 @@ class Source:
                 del said["progress"]
 
     def _open(self) -> Operations:
-        if self.is_program:
+        if self.kind == "program":
             from fusewire.cli.programs import load
 
             return load(self.path)
+        if self.kind == "url":
+            from fusewire.fs.remote import open_url
+
+            return open_url(self.path, self._mount)
         from fusewire.fs import sources
 
         fd = self._first_fd = os.dup(self._fd)
         return sources.open_opened(fd, self.path, self._mount)
 
     @property
+    def is_free(self) -> bool:
+        """True if nobody can tell what files, programs and networks its server needs: it is not locked in."""
+        return self.kind != "path"
+
+    @property
     def directory(self) -> int | None:
-        """The directory's descriptor; None for an image or a program."""
+        """The directory's descriptor; None for all else."""
         return self._fd if self._is_directory else None
 
     @property

@@ -36,7 +36,7 @@ _NET_TCP = 0b11  # ABI 4: BIND_TCP and CONNECT_TCP
 _SCOPED = 0b11  # ABI 6: ABSTRACT_UNIX_SOCKET and SIGNAL
 
 READ_ONLY = READ_FILE | READ_DIR
-# Nothing in the tree is executed by a server, and no device in it is its business.
+# Nothing in the tree is executed by a server (but see the plan's `executes`), and no device in it is its business.
 READ_WRITE = (_FIRST | _REFER | _TRUNCATE) & ~EXECUTE
 
 # Before ABI 2 a rename or a link from one directory to another is refused (EXDEV) whatever the rules say.

@@ -67,7 +67,8 @@ class Plan:
 
     shared: the directory, by path or descriptor; None for a server that needs no files but its open ones. keep: the
     mask of capabilities. uids, gids: the maps of a new user namespace, () without one; helpers: newuidmap(1) writes
-    them. landlock: the ABI version to use, 0 for none. readable: directories outside that Landlock is to let it read.
+    them. landlock: the ABI version to use, 0 for none. readable: directories outside that Landlock is to let it read;
+    executes: files are opened to be executed, by the kernel in its name.
     child: the server is a child of whoever asks for it, whatever the mode. notes: what is weaker here than it could be.
     refused: pairs of a stronger mode and the reason why it is not this one.
     """
@@ -75,6 +76,7 @@ class Plan:
     __slots__ = (
         "child",
         "dumpable",
+        "executes",
         "gids",
         "helpers",
         "keep",
@@ -102,6 +104,7 @@ class Plan:
         self.helpers = False
         self.landlock = 0
         self.readable: tuple[bytes, ...] = ()
+        self.executes = False
         self.rlimit_nofile: int | None = None
         self.writable = True
         self.dumpable = False
@@ -144,6 +147,7 @@ class Asked:
         "effective",
         "egid",
         "euid",
+        "executes",
         "gid_map",
         "handles",
         "landlock",
@@ -163,6 +167,7 @@ class Asked:
     effective: int
     egid: int
     euid: int
+    executes: bool
     gid_map: tuple[IdMap, ...]
     handles: bool
     landlock: str
@@ -195,6 +200,7 @@ def plan(
     rlimit_nofile: int | None = None,
     writable: bool = True,
     readable: Iterable[bytes] = (),
+    executes: bool = False,
     dumpable: bool = False,
     child: bool = False,
     attempt: Callable[[Plan], SandboxError | None] | None = None,
@@ -206,7 +212,8 @@ def plan(
     outside, count) of the user namespace. modcaps: `+x:-y`, or pairs of a name and whether to keep it. handles: file
     handles will be opened. landlock: auto, require or off. rlimit_nofile: how many descriptors may be open; None
     leaves it. writable: False takes writing from Landlock's rule too. readable: directories outside that can be read in
-    spite of Landlock, where there is a way to them. dumpable: others of the same user may look into /proc/PID of the
+    spite of Landlock, where there is a way to them. executes: for a mount with backing files (FUSE_PASSTHROUGH), which
+    the kernel opens with the rights of who registered them, also for exec. dumpable: others of the same user may look into /proc/PID of the
     server. child: plan for `sandbox_enter.start`. attempt: how auto finds out, `sandbox_enter.probe`.
 
     Raises SandboxError for a mode that cannot be had, with what can; ValueError for options that make no sense.
@@ -225,7 +232,7 @@ def plan(
     asked.gid_map = _checked("gid-map", gid_map)
     asked.changes = caps.parse_changes(modcaps) if isinstance(modcaps, str) else tuple(modcaps)
     asked.handles, asked.writable, asked.dumpable, asked.rlimit_nofile = handles, writable, dumpable, rlimit_nofile
-    asked.readable, asked.child = tuple(readable), child
+    asked.readable, asked.executes, asked.child = tuple(readable), executes, child
     asked.landlock = landlock
     asked.landlock_missing = ""
     if landlock == "off":
@@ -288,7 +295,7 @@ def _checked(option: str, lines: Iterable[tuple[int, int, int]]) -> tuple[IdMap,
 def _build(mode: str, asked: Asked) -> Plan:
     result = Plan(mode, asked.shared)
     result.writable, result.dumpable, result.rlimit_nofile = asked.writable, asked.dumpable, asked.rlimit_nofile
-    result.child = asked.child
+    result.child, result.executes = asked.child, asked.executes
     if mode == "none":
         result.readable = asked.readable
     if mode != "namespace" and (asked.uid_map or asked.gid_map):

@@ -308,7 +308,8 @@ def _landlock(state: State) -> None:
     plan = state.plan
     allowed = []
     if state.entered.root >= 0:
-        allowed.append((state.entered.root, landlock.READ_WRITE if plan.writable else landlock.READ_ONLY))
+        access = landlock.READ_WRITE if plan.writable else landlock.READ_ONLY
+        allowed.append((state.entered.root, access | (landlock.EXECUTE if plan.executes else 0)))
     others = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in plan.readable]
     try:
         landlock.restrict(plan.landlock, (*allowed, *((fd, landlock.READ_ONLY) for fd in others)))
