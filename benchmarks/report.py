@@ -6,8 +6,10 @@ import math
 from statistics import median
 from typing import Any, NamedTuple
 
+import archives
 import directory
 import floor
+import hello
 import images
 import share
 
@@ -51,6 +53,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
     found: list[Goal] = []
     if "floor" in results:
         found += _floor_goals(results["floor"])
+    if "hello" in results:
+        found += _hello_goals(results["hello"])
     if "images" in results:
         found += _image_goals(results["images"])
     if "directory" in results:
@@ -92,6 +96,28 @@ def _floor_goals(results: dict[str, Any]) -> list[Goal]:
             text = f"{operation}: times faster than {theirs} (the C server: {possible:.2f})"
             found.append(Goal("floor", text, ratio, limit, least=True))
     return found
+
+
+# How many times less CPU an operation on the smallest filesystem needs than with each peer.
+HELLO_LIMITS = {hello.PYFUSE3: 2.0, hello.MFUSEPY: 1.5, hello.FUSEPY: 2.0}
+
+
+def _hello_goals(results: dict[str, Any]) -> list[Goal]:
+    """CPU on one CPU, each server as it is by default."""
+    servers = results["servers"]
+    found: list[Goal] = []
+    for ours in (hello.LEVEL_2, hello.LEVEL_1):
+        for peer, limit in HELLO_LIMITS.items():
+            for operation, title in results["operations"].items() if ours in servers and peer in servers else ():
+                value = hello_ratio(servers, peer, ours, operation, "one_cpu")
+                found.append(Goal("hello", f"{title}: {ours}, times less CPU than {peer}", value, limit, least=True))
+    return found
+
+
+def hello_ratio(servers: dict[str, Any], name: str, other: str, operation: str, case: str) -> float:
+    """Tell how many times the other's CPU a server needs for an operation."""
+    ours, theirs = servers[name][operation][case], servers[other][operation][case]
+    return paired(ours["cpu_samples_us"], theirs["cpu_samples_us"])
 
 
 def _image_goals(results: dict[str, Any]) -> list[Goal]:
@@ -212,10 +238,14 @@ def text(results: dict[str, Any]) -> str:
         )
     if "floor" in results:
         parts += _floor_tables(results["floor"])
+    if "hello" in results:
+        parts += _hello_tables(results["hello"])
     if "images" in results:
         parts += _image_tables(results["images"])
     if "directory" in results:
         parts += _directory_tables(results["directory"])
+    if "archives" in results:
+        parts += _archive_tables(results["archives"])
     if "share" in results:
         parts += _share_tables(results["share"])
     if "startup" in results:
@@ -248,6 +278,31 @@ def _floor_tables(results: dict[str, Any]) -> list[str]:
         cells = [f"{operations[operation]['latency_one_cpu']['server_cpu_us']:.1f}" for operation in floor.OPERATIONS]
         rows.append([_versioned(name, results), *cells])
     parts.append(f"Floor: CPU of the server per request, microseconds, one client on the same CPU\n{_table(rows)}")
+    return parts + _missing(results)
+
+
+def _hello_tables(results: dict[str, Any]) -> list[str]:
+    servers, operations = results["servers"], results["operations"]
+    parts = []
+    if not servers:
+        return _missing(results)
+    base = hello.LEVEL_2
+    for case, where in (("free", "client and server on any CPU"), ("one_cpu", "client and server on one CPU")):
+        rows = [["server", *operations.values()]]
+        for name, figures in servers.items():
+            cells = [f"{figures[key][case]['us']:.1f} ({figures[key][case]['p90_us']:.1f})" for key in operations]
+            rows.append([_versioned(name, results), *cells])
+        parts.append(f"Hello: median microseconds per operation (90th percentile), {where}\n{_table(rows)}")
+    for case, where in (("free", "any CPU"), ("one_cpu", "one CPU")):
+        rows = [["server", *operations.values()]]
+        for name, figures in servers.items():
+            cells = [f"{figures[key][case]['cpu_us']:.1f}" for key in operations]
+            if base in servers and name != base:
+                ratios = [hello_ratio(servers, name, base, key, case) for key in operations]
+                cells = [f"{cell} ({ratio:.2f})" for cell, ratio in zip(cells, ratios, strict=True)]
+            rows.append([_versioned(name, results), *cells])
+        title = f"Hello: CPU of the server per operation, microseconds, {where} (in brackets: times that of {base})"
+        parts.append(f"{title}\n{_table(rows)}")
     return parts + _missing(results)
 
 
@@ -322,6 +377,38 @@ def _directory_tables(results: dict[str, Any]) -> list[str]:
             words = figure.get("trouble") or figure.get("remark")
             if words and words != "not measured":
                 parts.append(f"  {name}, {lines[line]}: {words}")
+    return parts + _missing(results)
+
+
+def _archive_tables(results: dict[str, Any]) -> list[str]:
+    if not results["archives"]:
+        return _missing(results)
+    parts = [f"Archives: {results['place']}; medians of {results['rounds']} rounds"]
+    for name, archive in results["archives"].items():
+        facts, servers = archive["facts"], archive["servers"]
+        names = list(servers)
+        head = (
+            f"Archive {name}: {facts['files']} files, {facts['content_bytes'] / 1e6:.0f} MB, archive "
+            f"{facts['archive_bytes'] / 1e6:.0f} MB"
+        )
+        cases = [case for case in archives.CASES if any(case in servers[server] for server in names)]
+        both = archives.FUSEWIRE in servers and archives.RATARMOUNT in servers
+        rows = [["seconds", *(_versioned(server, results) for server in names), *(["ratio"] if both else [])]]
+        for case in cases:
+            cells = [_seconds(servers[server].get(case, {})) for server in names]
+            if both:
+                ratio = _ratio(servers, archives.FUSEWIRE, archives.RATARMOUNT, case)
+                cells.append("-" if ratio is None else f"{ratio:.2f}")
+            rows.append([archives.TITLES[case], *cells])
+        parts.append(f"{head}\n{_table(rows)}")
+        rows = [["server CPU s / peak MiB", *names]]
+        rows += [[archives.TITLES[case], *(_cost(servers[server].get(case, {})) for server in names)] for case in cases]
+        parts.append(_table(rows))
+        for server in names:
+            for case, figure in servers[server].items():
+                words = figure.get("trouble") or figure.get("remark")
+                if words and words != "not measured":
+                    parts.append(f"  {server}, {archives.TITLES[case]}: {words}")
     return parts + _missing(results)
 
 

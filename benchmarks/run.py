@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import archives
 import directory
 import floor
+import hello
 import images
 import report
 import share
 import startup
 from harness import HERE, Bench, BenchError, MissingError, Progress, machine
 
-SUITES = ("floor", "images", "startup", "directory", "share")
+SUITES = ("floor", "hello", "images", "startup", "directory", "archives", "share")
 SERVERS = {
     name.lower()
     for name in (
@@ -28,6 +30,8 @@ SERVERS = {
         *(images.LOW_LEVEL, images.HIGH_LEVEL, images.GIVEN, images.RATARMOUNT, images.KERNEL),
         *directory.SERVERS,
         *share.SERVERS,
+        *hello.SERVERS,
+        *archives.SERVERS,
     )
 }
 
@@ -49,7 +53,8 @@ def _arguments() -> argparse.Namespace:
         "--rounds",
         type=int,
         metavar="N",
-        help="rounds of floor, images, directory and share (default: 31, 5, 5 and 21; quick: 5, 2, 1 and 3)",
+        help="rounds of floor, hello, images, directory, archives and share (default: 31, 21, 5, 5, 5 and 21; "
+        "quick: 5, 3, 2, 1, 1 and 3)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the figures go (default: in the cache directory)"
@@ -69,7 +74,7 @@ def _arguments() -> argparse.Namespace:
         default=set(),
         metavar="A,B",
         help=f"only these; images: {', '.join(images.CASES)}; directory: {', '.join(directory.NAMES)}; "
-        f"share: {', '.join(share.NAMES)}",
+        f"share: {', '.join(share.NAMES)}; hello: {', '.join(hello.OPERATIONS)}; archives: {', '.join(archives.CASES)}",
     )
     parser.add_argument(
         "--compressors", type=_names, default=set(images.COMPRESSORS), metavar="A,B", help="only these images"
@@ -79,7 +84,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is not met")
     arguments = parser.parse_args()
-    unknown = arguments.cases - {*images.CASES, *directory.NAMES, *share.NAMES}
+    known = {*images.CASES, *directory.NAMES, *share.NAMES, *hello.OPERATIONS, *archives.CASES}
+    unknown = arguments.cases - known
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; --help lists them")
     unknown = arguments.servers - SERVERS
@@ -100,11 +106,13 @@ def _measure(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any
     with Bench(arguments.cache.resolve(), quick=quick, progress=progress) as bench:
         suites: dict[str, Callable[[], dict[str, Any]]] = {
             "floor": lambda: floor.run(bench, rounds or (5 if quick else 31), servers, arguments.threads),
+            "hello": lambda: hello.run(bench, rounds or (3 if quick else 21), servers, arguments.cases),
             "startup": lambda: startup.run(bench, 20),
             "images": lambda: images.run(
                 bench, rounds or (2 if quick else 5), arguments.squashfuse_ll, servers, arguments.cases, compressors
             ),
             "directory": lambda: directory.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
+            "archives": lambda: archives.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
             "share": lambda: share.run(bench, rounds or (3 if quick else 21), servers, arguments.cases),
         }
         for name, suite in suites.items():

@@ -334,7 +334,8 @@ class Archive(Operations):
                 continue  # who reads what needs it will be told
         from importlib import import_module
 
-        for name in ("threading", "tempfile", "zlib", "fusewire.formats.zip"):
+        native = ("rapidgzip", "io", "json") if isinstance(self._reader, Native) else ()
+        for name in ("threading", "tempfile", "zlib", "fusewire.formats.zip", *native):
             import_module(name)
 
     # Names and attributes

@@ -131,7 +131,12 @@ class Listings(Attributes):
     def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
     ) -> Any:
-        return run(self._readdir(nodeid, fh, offset, size))
+        return b"" if self._is_read(fh, offset) else run(self._readdir(nodeid, fh, offset, size))
+
+    def _is_read(self, fh: int, offset: int) -> bool:
+        """Tell whether nothing comes behind a cookie: the last request of every listing asks that."""
+        items = self._listings.get(fh).items
+        return offset > 0 and items is not None and offset >= len(items) + _FIRST - 1
 
     def _readdir(self, nodeid: int, fh: int, offset: int, size: int) -> Steps[bytearray]:
         inode, directory = self.directory(nodeid)
@@ -152,7 +157,7 @@ class Listings(Attributes):
     def readdirplus(
         self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
     ) -> Any:
-        return run(self._readdirplus(nodeid, fh, offset, size))
+        return b"" if self._is_read(fh, offset) else run(self._readdirplus(nodeid, fh, offset, size))
 
     def _readdirplus(self, nodeid: int, fh: int, offset: int, size: int) -> Steps[bytearray]:
         inode, directory = self.directory(nodeid)
