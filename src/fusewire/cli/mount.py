@@ -139,17 +139,31 @@ def _before(target: str) -> dict[str, Any] | None:
     }
 
 
-def _first_looker(path: bytes) -> int:
-    """Start the process that looks at the mount first, for its server must not; it ends by itself."""
-    from fusewire.cli.serving import first_look
+class _FirstLooker:
+    """A process that looks at the mount first, for its holder must not. It waits until that is served."""
 
-    looker = os.fork()
-    if looker == 0:
-        try:
-            first_look(path)
-        finally:
-            os._exit(0)
-    return looker
+    def __init__(self, path: bytes, fd: int) -> None:
+        """`fd` is the mount's own descriptor: who held it would wait for himself if it is never served."""
+        from fusewire.cli.serving import first_look
+
+        told, self._tell = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                os.close(self._tell)
+                os.close(fd)
+                if os.read(told, 1):
+                    first_look(path)
+            finally:
+                os._exit(0)
+        os.close(told)
+
+    def end(self, *, look: bool) -> None:
+        """Have it look, or not, and wait for its end."""
+        if look:
+            os.write(self._tell, b"g")
+        os.close(self._tell)
+        os.waitpid(self._pid, 0)
 
 
 class _Daemon:
@@ -232,15 +246,17 @@ class _Daemon:
             self.server = start()  # as one of the mount's namespace
         server = self.server
         server.on_end = lambda: os.kill(os.getpid(), signal.SIGUSR1)
-        looker = 0 if source.read_only else _first_looker(held.inside)
+        looker = None if source.read_only else _FirstLooker(held.inside, held.fd)
         devices = spare_devices(job.options, source.workers)
+        served = False
         try:
             server.add(0, [held.fd, *devices], os.getpid())
+            served = True
         finally:
             for fd in devices:
                 os.close(fd)
-        if looker:
-            os.waitpid(looker, 0)
+            if looker is not None:
+                looker.end(look=served)
         record.strategy = held.strategy
         record.outside = None if held.outside is None else os.fsdecode(held.outside)
         record.inside = os.fsdecode(held.inside)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from fusewire.linux.process import open_fds
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fusewire.cli.options import MountOptions
@@ -59,7 +61,8 @@ class Source:
         self._is_directory = self.kind == "path" and os.path.isdir(self.path)
         self._first: Operations | None = None
         self._lasts = False  # the first filesystem is the only one
-        self.strange: list[int] = []  # descriptors that were open before a program was loaded, and are not its
+        # Descriptors that were open before, and are nobody's business who serves a program or a URL.
+        self.strange = [] if self.kind == "path" else open_fds()
         self.workers = 0  # how many suit its filesystem; 0: it does not matter
         self.read_only = False  # as far as it is known
         if self.kind == "url":
@@ -67,9 +70,7 @@ class Source:
         try:
             if self.kind == "program":
                 from fusewire.cli.programs import load
-                from fusewire.linux.process import open_fds
 
-                self.strange = open_fds()
                 first = load(path)
             else:
                 from fusewire.fs import sources

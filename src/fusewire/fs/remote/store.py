@@ -1,0 +1,537 @@
+"""An fsspec filesystem with calls that wait and fail as system calls do.
+
+Layer `fs`, part of `fs.remote`, and the only place that loads fsspec. Filesystems that are async run on fsspec's own
+loop, where any number of requests wait beside each other; the others run in the thread that calls. Only reading is
+tried again. It keeps nothing: caches are in `filesystem` and `blocks`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from threading import Event
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
+
+from fusewire.fs.remote.http import SMALL, shown
+from fusewire.fs.remote.retry import Patience, Transient, persist
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# What is written in one call; larger files go piece by piece (a multipart upload, where that is meant).
+_PIECE = 8 << 20
+_SECOND = 1_000_000_000  # nanoseconds
+_CHANGES = 600.0  # seconds that a change may take: an upload, a copy within the store
+# Of the builtin OSErrors, those that say something about the file: not the network's.
+_ABOUT_FILES = {
+    FileNotFoundError: errno.ENOENT,
+    PermissionError: errno.EACCES,
+    FileExistsError: errno.EEXIST,
+    NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR,
+}
+_STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT, 416: errno.ESTALE}
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_VERSIONS = ("ETag", "etag", "version_id", "generation", "md5Hash", "content_md5", "crc32c", "checksum", "sha")
+_TIMES = ("mtime", "LastModified", "last_modified", "modified", "updated", "date_time", "created")
+
+
+class Info(NamedTuple):
+    """What is known of a file. `size` None: unknown. `mtime` in nanoseconds, 0: unknown.
+
+    `tags` are what the store has to tell versions apart, by its names. `told`: whether anything but the size does.
+    """
+
+    path: str
+    directory: bool
+    size: int | None = 0
+    mtime: int = 0
+    mode: int | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def told(self) -> bool:
+        return bool(self.tags or self.mtime)
+
+
+def same(one: Info, other: Info) -> bool:
+    """Tell whether two looks at a file saw the same contents.
+
+    Listings and single looks need not tell the same things, nor times to the same precision: what only one has does
+    not count.
+    """
+    if one.size != other.size and None not in (one.size, other.size):
+        return False
+    ours, theirs = dict(one.tags), dict(other.tags)
+    common = ours.keys() & theirs.keys()
+    if common:
+        return all(ours[key] == theirs[key] for key in common)
+    if not one.mtime or not other.mtime or one.mtime == other.mtime:
+        return True
+    if one.mtime % _SECOND and other.mtime % _SECOND:
+        return False
+    return one.mtime // _SECOND == other.mtime // _SECOND
+
+
+class Store:
+    """The files below `root` of an fsspec filesystem. Every method raises OSError that names the URL and the file."""
+
+    def __init__(self, url: str, storage: Mapping[str, Any], patience: Patience | None = None) -> None:
+        """Connect. It may start fsspec's thread: not in a process that is to fork.
+
+        Raises OSError: ENOPKG for a package that is missing, EINVAL for what is no URL of fsspec's.
+        """
+        self.url = visible(url)
+        self._patience = patience or Patience()
+        self._closed = Event()
+        self.fs, path = _connect(url, self.url, storage)
+        protocol = self.fs.protocol
+        self.protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+        # A page of links: names are escaped, whether one is a directory stands in its parent's listing only.
+        self.web = "http" in self.protocols
+        self.local = "file" in self.protocols
+        self.is_async = bool(getattr(self.fs, "async_impl", False))
+        self.root: str = path if self.web else self.fs._strip_protocol(path)
+        self.writable = _can_write(self.fs)
+        self.requests = 0
+        # Paths as an object store has them need no directories: one without a file in it is not there.
+        self.flat = True
+
+    # Asking
+
+    def info(self, path: str) -> Info:
+        """Look at a file."""
+        return self._info(path, self._ask(path, "info", path))
+
+    def list(self, path: str) -> dict[bytes, Info]:
+        """List a directory. Names that cannot be one component of a path are left out, as is all that repeats."""
+        self.fs.invalidate_cache(path)
+        found: dict[bytes, Info] = {}
+        for entry in self._ask(path, "ls", path.rstrip("/") + "/" if self.web else path, detail=True):
+            name = self.leaf(path, entry)
+            if name is not None and name not in found:
+                found[name] = self._info(str(entry["name"]), entry)
+        return found
+
+    def range(self, path: str, start: int, stop: int, size: int) -> bytes:
+        """Give the bytes start to stop of a file of `size` bytes, by an async filesystem."""
+        data: bytes = self._ask(path, "cat_file", path, start=start, end=stop)
+        if len(data) == size > stop - start:
+            if size > SMALL:
+                raise self._error(errno.EOPNOTSUPP, path, "the server gives no ranges; download it and mount the copy")
+            data = data[start:stop]
+        return data
+
+    def copy(self, path: str, fd: int) -> None:
+        """Write a file of unknown size to `fd`, from its beginning to its end."""
+
+        def attempt() -> None:
+            with self.fs.open(path, "rb") as file:
+                offset = 0
+                while part := file.read(1 << 20):
+                    os.pwrite(fd, part, offset)
+                    offset += len(part)
+                os.ftruncate(fd, offset)
+
+        self.requests += 1
+        self._guard(path, attempt, again=False)
+
+    def leaf(self, path: str, entry: Any) -> bytes | None:
+        """Give the name of an entry in the listing of `path`; None for one that cannot be used."""
+        full = entry.get("name")
+        if not isinstance(full, str):
+            return None
+        if not self.web:
+            try:
+                full = self.fs._strip_protocol(full)
+            except (ValueError, TypeError, UnicodeError):
+                return None
+        base = path.rstrip("/")
+        if base and not full.startswith(base + "/"):
+            return None
+        rest = full[len(base) :].removeprefix("/")
+        rest = rest.removesuffix("/")
+        if self.web:
+            if "?" in rest or "#" in rest:
+                return None
+            rest = unquote(rest)
+        try:
+            name = os.fsencode(rest) if self.local else rest.encode()
+        except UnicodeError:
+            return None
+        if name in (b"", b".", b"..") or b"/" in name or b"\0" in name or len(name) > 255:
+            return None
+        return name
+
+    def join(self, path: str, name: bytes) -> str:
+        """Give the path of a name that was in no listing. Raises OSError(EILSEQ) for one that the store cannot have."""
+        try:
+            text = os.fsdecode(name) if self.local else name.decode()
+        except UnicodeError:
+            raise OSError(errno.EILSEQ, "names in the store are of UTF-8", name) from None
+        if self.web:
+            from urllib.parse import quote
+
+            text = quote(text)
+        base = path.rstrip("/")
+        return f"{base}/{text}" if base or path else text
+
+    def _info(self, path: str, entry: Any) -> Info:
+        size, kind, mode = entry.get("size"), entry.get("type"), entry.get("mode")
+        if not isinstance(size, int) or size < 0:
+            size = None
+        directory = kind == "directory"
+        tags = tuple((key, str(entry[key])) for key in _VERSIONS if entry.get(key) is not None)
+        mtime = 0
+        for key in _TIMES:
+            if entry.get(key) is not None and (mtime := _nanoseconds(entry[key])):
+                break
+        mode = mode & 0o777 if isinstance(mode, int) else None
+        return Info(path, directory, 0 if directory else size, mtime, mode or None, tags)
+
+    # Changing: tried once
+
+    def put(self, path: str, fd: int, size: int) -> None:
+        """Make the file at `path` of the first `size` bytes of `fd`."""
+        if size <= _PIECE:
+            self._change(path, lambda: self.fs.pipe_file(path, _pread(fd, 0, size)))
+            return
+
+        def send() -> None:
+            file = self.fs.open(path, "wb", block_size=_PIECE)
+            try:
+                for offset in range(0, size, _PIECE):
+                    file.write(_pread(fd, offset, min(_PIECE, size - offset)))
+            except BaseException:
+                discard = getattr(file, "discard", None)
+                if discard is not None:
+                    file.closed = True  # else its end would make what is there an object
+                    discard()
+                raise
+            file.close()
+
+        self._change(path, send)
+
+    def mkdir(self, path: str) -> None:
+        """Make a directory, where the store has such a thing."""
+        self._change(path, lambda: self.fs.mkdir(path, create_parents=False))
+        try:
+            self.fs.invalidate_cache(path)
+            self.flat = not self.info(path).directory
+        except FileNotFoundError:
+            self.flat = True
+
+    def rmdir(self, path: str) -> None:
+        """Remove a directory that is empty."""
+        try:
+            self._change(path, lambda: self.fs.rmdir(path))
+        except FileNotFoundError:
+            return  # only its files made it one
+        except FileExistsError:
+            self._change(path, lambda: self.fs.rm_file(path.rstrip("/") + "/"))  # a marker, as consoles make them
+
+    def remove(self, path: str) -> None:
+        """Remove a file."""
+        self._change(path, lambda: self.fs.rm_file(path))
+
+    def move(self, old: str, new: str, *, directory: bool) -> None:
+        """Move a file or a directory: in most stores a copy, and a removal after it.
+
+        A directory is copied as a whole before anything of it is removed: when that fails, nothing is lost.
+        """
+        from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped, unused-ignore, import-not-found]
+
+        self.fs.invalidate_cache()  # it may hold listings from before changes that we made
+        if not directory or type(self.fs).mv is not AbstractFileSystem.mv:
+            self._change(old, lambda: self.fs.mv(old, new))
+            return
+        files: list[tuple[str, str]] = []
+        directories: list[str] = []
+        rest = [(old, new)]
+        while rest:
+            place, target = rest.pop()
+            directories.append(place)
+            try:
+                listing = self.list(place)
+            except FileNotFoundError:
+                continue
+            self._change(target, lambda target=target: self.fs.mkdir(target, create_parents=False))  # type: ignore[misc]
+            for name, info in listing.items():
+                pair = (info.path, self.join(target, name))
+                (rest if info.directory else files).append(pair)
+        for source, target in files:
+            self._change(source, lambda pair=(source, target): self.fs.cp_file(*pair))  # type: ignore[misc]
+        for source, _ in files:
+            self.remove(source)
+        for place in reversed(directories):
+            self.rmdir(place)
+
+    # The way there
+
+    def _ask(self, path: str, name: str, *arguments: Any, **options: Any) -> Any:
+        def attempt() -> Any:
+            self.requests += 1
+            return self._guard(path, lambda: self._call(name, arguments, options), again=True)
+
+        return persist(attempt, self._patience, self._closed.wait, self.name_of(path))
+
+    def _call(self, name: str, arguments: Any, options: Any) -> Any:
+        method = getattr(self.fs, "_" + name, None) if self.is_async else None
+        if method is None:
+            return getattr(self.fs, name)(*arguments, **options)
+        import asyncio
+        from concurrent.futures import TimeoutError as TooLong
+
+        future = asyncio.run_coroutine_threadsafe(method(*arguments, **options), self.fs.loop)
+        begun = monotonic()
+        while True:
+            try:
+                return future.result(min(self._patience.timeout, 1.0))
+            except TooLong:
+                if future.done():
+                    raise
+                if monotonic() - begun > self._patience.timeout or self._closed.is_set():
+                    future.cancel()
+                    raise
+
+    def _change(self, path: str, call: Callable[[], Any]) -> Any:
+        self.requests += 1
+        return self._guard(path, call, again=False)
+
+    def _guard(self, path: str, call: Callable[[], Any], *, again: bool) -> Any:
+        """Make an OSError, or `Transient` if it may be tried `again`, of what a library raises."""
+        try:
+            return call()
+        except Exception as error:
+            raise self._translate(path, error, again) from error
+
+    def _translate(self, path: str, error: Exception, again: bool) -> Exception:
+        for kind, number in _ABOUT_FILES.items():
+            if isinstance(error, kind):
+                return self._error(number, path, os.strerror(number))
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, NotImplementedError):
+            return self._error(errno.EOPNOTSUPP, path, f"the filesystem {self.protocols[0]} of fsspec cannot do this")
+        if isinstance(error, UnicodeError):
+            return self._error(errno.EILSEQ, path, text)
+        status = getattr(error, "status", None)
+        if isinstance(status, int) and status not in _PASSING:
+            return self._error(_STATUS.get(status, errno.EIO), path, f"HTTP status {status}")
+        timed_out = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            return self._error(error.errno, path, error.strerror or text)
+        passing = timed_out or isinstance(status, int) or isinstance(error, (ConnectionError, OSError))
+        passing = passing or "Connect" in type(error).__name__ or "Disconnect" in type(error).__name__
+        if again and passing:
+            return Transient(text, timed_out=timed_out)
+        return self._error(errno.ETIMEDOUT if timed_out else errno.EIO, path, text)
+
+    def _error(self, number: int, path: str, text: str) -> OSError:
+        return OSError(number, f"{self.name_of(path)}: {text}")
+
+    def name_of(self, path: str) -> str:
+        """Give a file's name for messages."""
+        rest = path.removeprefix(self.root).strip("/")
+        return f"{self.url}: {rest}" if rest else self.url
+
+    def close(self) -> None:
+        """Give up what waits, and close the connections where the filesystem lets us."""
+        self._closed.set()
+        session = getattr(self.fs, "_session", None)
+        close = getattr(self.fs, "close_session", None)
+        if session is not None and close is not None:
+            try:
+                close(self.fs.loop, session)
+            except Exception:  # noqa: BLE001, S110 - the process ends, and its connections with it
+                pass
+            self.fs._session = None
+
+
+class _StoreFile:
+    """A file of a store, for an image: what `http.HttpFile` is to a web server."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store = store
+        self._path = path
+        self.url = store.url
+        self._info = info = store.info(path)
+        if info.directory or info.size is None:
+            raise OSError(errno.EINVAL, f"{self.url}: {'a directory' if info.directory else 'a file of no known size'}")
+        self.size = info.size
+        self.beginning = b""
+        self.whole: bytes | None = None
+        self._reader = None if store.is_async else Reader(store, path)
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Give that range. Raises OSError: ESTALE once the file is another one."""
+        return fetch(self._store, self._info, self._reader, offset, length)
+
+    def close(self) -> None:
+        """Close the file and the store."""
+        if self._reader is not None:
+            self._reader.close()
+        self._store.close()
+
+
+class Reader:
+    """An open file of a filesystem that is not async: those know no ranges, but where they are in a file."""
+
+    __slots__ = ("_file", "_lock", "_path", "_store")
+
+    def __init__(self, store: Store, path: str) -> None:
+        from _thread import allocate_lock
+
+        self._store = store
+        self._path = path
+        self._file: Any = None
+        self._lock = allocate_lock()
+
+    def fetch(self, offset: int, length: int) -> bytes:
+        """Give a range; fewer bytes at the end."""
+        with self._lock:
+            data: bytes = persist(
+                lambda: self._store._guard(self._path, lambda: self._read(offset, length), again=True),
+                self._store._patience,
+                self._store._closed.wait,
+                self._store.name_of(self._path),
+            )
+            return data
+
+    def _read(self, offset: int, length: int) -> bytes:
+        self._store.requests += 1
+        try:
+            if self._file is None:
+                self._file = self._store.fs.open(self._path, "rb")
+            if self._file.tell() != offset:
+                self._file.seek(offset)
+            parts = []
+            while length and (part := self._file.read(length)):
+                parts.append(part)
+                length -= len(part)
+            return b"".join(parts)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._close()
+
+
+def fetch(store: Store, info: Info, reader: Reader | None, offset: int, length: int) -> bytes:
+    """Give a range of one version of a file.
+
+    Raises OSError(ESTALE) when it is another one by now: data that were fetched before are of the same version as
+    these, or these are not given. What came in one piece is of one version by itself.
+    """
+    size = info.size or 0
+    if reader is not None:
+        data = reader.fetch(offset, length)
+    else:
+        data = store.range(info.path, offset, offset + length, size)
+    if info.told and length < size:
+        store.fs.invalidate_cache(store.fs._parent(info.path))
+        if not same(store.info(info.path), info):
+            raise OSError(errno.ESTALE, f"{store.name_of(info.path)}: it has changed while it was read; open it again")
+    elif len(data) != length:
+        raise OSError(errno.ESTALE, f"{store.name_of(info.path)}: {len(data)} bytes where there were {length}")
+    return data
+
+
+def open_file(url: str, storage: Mapping[str, Any], patience: Patience | None = None) -> _StoreFile:
+    """Open one file of a store. Raises OSError that names the URL."""
+    store = Store(url, storage, patience)
+    try:
+        return _StoreFile(store, store.root)
+    except BaseException:
+        store.close()
+        raise
+
+
+def visible(url: str) -> str:
+    """Give a URL, or a chain of them, without passwords and signatures."""
+    return "::".join(shown(part) if "://" in part else part for part in url.split("::"))
+
+
+def _connect(url: str, name: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
+    try:
+        from fsspec import get_filesystem_class  # type: ignore[import-untyped, unused-ignore, import-not-found]
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore, import-not-found]
+    except ImportError as error:
+        if error.name not in ("fsspec", "fsspec.core"):
+            raise
+        raise OSError(
+            errno.ENOPKG, f"{name}: sources of this kind need fsspec: pip install 'fusewire[remote]'"
+        ) from error
+    try:
+        for part in url.split("::"):
+            get_filesystem_class(part.partition("://")[0])
+        fs, path = url_to_fs(url, **storage)
+    except ImportError as error:
+        raise OSError(errno.ENOPKG, f"{name}: {error} (pip install it beside fusewire)") from error
+    except FileNotFoundError as error:
+        raise OSError(errno.ENOENT, f"{name}: {error}") from error
+    except PermissionError as error:
+        raise OSError(errno.EACCES, f"{name}: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(errno.EINVAL, f"{name}: {error}") from error
+    except Exception as error:
+        raise OSError(errno.EIO, f"{name}: {type(error).__name__}: {error}") from error
+    return fs, path
+
+
+def _can_write(fs: Any) -> bool:
+    """Tell whether a filesystem can change anything: it says how something is removed."""
+    from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped, unused-ignore, import-not-found]
+
+    bases: list[type] = [AbstractFileSystem]
+    if getattr(fs, "async_impl", False):
+        from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped, unused-ignore, import-not-found]
+
+        bases.append(AsyncFileSystem)
+    for name in ("rm_file", "_rm_file", "_rm"):
+        method = getattr(type(fs), name, None)
+        if method is not None and all(method is not getattr(base, name, None) for base in bases):
+            return True
+    return False
+
+
+def _nanoseconds(value: Any) -> int:
+    """Make a time of the forms that filesystems have; 0 for what is none."""
+    from datetime import UTC, datetime
+
+    try:
+        if isinstance(value, str):
+            if value.endswith("GMT"):
+                from email.utils import parsedate_to_datetime
+
+                value = parsedate_to_datetime(value)
+            else:
+                value = datetime.fromisoformat(value)
+        elif isinstance(value, tuple):
+            value = datetime(*value).astimezone()  # a zip archive has local time
+        if isinstance(value, datetime):
+            if value.tzinfo is None and value.year > 1980:
+                value = value.replace(tzinfo=UTC)
+            value = value.timestamp()
+        seconds = float(value)
+        return int(seconds * 1_000_000) * 1000 if abs(seconds) < 1 << 33 else 0
+    except (ValueError, TypeError, OverflowError, OSError):
+        return 0
+
+
+def _pread(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length and (part := os.pread(fd, length, offset)):
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts).ljust(sum(map(len, parts)) + length, b"\0")
