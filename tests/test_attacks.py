@@ -65,7 +65,7 @@ def test_umask_that_denies_the_owner_is_the_commands_alone(world: World, small: 
 def test_limit_of_processes_costs_workers_and_not_an_endless_wait(world: World, small: Path) -> None:
     # A run needs its three processes, a locked-in one with a worker, who listens to that, and for a moment one more; a
     # mount its two, its own, one who watches, and two who listen.
-    for limit, code in ((6, 0), (5, 125), (3, 125)):
+    for limit, code in ((8, 0), (5, 125), (4, 125), (3, 125)):
         done = world.fw("run", f"{small}:env", "--", "cat", "env/hello.txt", uid=LONER, wrap=["prlimit", f"-u{limit}"])
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
@@ -73,7 +73,7 @@ def test_limit_of_processes_costs_workers_and_not_an_endless_wait(world: World, 
     done = world.fw("mount", small, "env", uid=LONER, wrap=["prlimit", "-u4"])
     assert done.returncode == 125
     assert "ulimit -u" in done.stderr
-    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u8"]):
+    with world.mounted(small, "env", uid=LONER, wrap=["prlimit", "-u10"]):
         assert world.do("cat", "env/hello.txt", uid=LONER).stdout == HELLO
     assert os.listdir(world.home(LONER)) == []
 

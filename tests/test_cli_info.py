@@ -156,7 +156,7 @@ def test_offset_by_hand_is_taken(make, tmp_path):
         (b"sqsh" + bytes(200), "big-endian"),
         (b"hsqs" + bytes(200), "version 0.0"),
         (b"hsqs", "cut off"),
-        (b"PK\x03\x04" + bytes(99), "a zip archive"),
+        (b"PK\x03\x04" + bytes(99), "damaged archive"),
     ],
 )
 def test_what_is_no_image_is_refused_by_name_with_what_it_is(tmp_path, content, reason):

@@ -266,6 +266,8 @@ def _strongest(asked: Asked, attempt: Callable[[Plan], SandboxError | None] | No
         if refusal is None:
             found.refused = refused
             return found
+        if refusal.errno in (errno.EAGAIN, errno.ENOMEM):
+            raise refusal  # which says nothing of the mode, and will pass
         refused.append((mode, str(refusal.strerror)))
     raise SandboxError(
         errno.EPERM,

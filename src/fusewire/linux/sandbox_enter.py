@@ -194,6 +194,9 @@ def _open_directory(path: bytes) -> int:
 def _fail(state: State, step: Step, error: OSError) -> NoReturn:
     mode = state.plan.mode
     failure = error if isinstance(error, SandboxError) else None
+    if isinstance(error, BlockingIOError):  # fork(2) says no more than that
+        text = "no more processes can be started: the limit (`ulimit -u`) is reached"
+        failure = SandboxError(errno.EAGAIN, text, "", step.name)
     if failure is None:
         if isinstance(error, userns.UsernsError):
             way = error.remedy.removesuffix(", or use fusermount3")  # which helps mounts
