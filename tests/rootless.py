@@ -24,7 +24,7 @@ from typing import Self
 NOBODY = 65534
 TESTS = os.path.dirname(os.path.abspath(__file__))
 # Optional decompressors that images need; copied along when the interpreter's own cannot be read by others.
-DEPENDENCIES = ("backports/zstd", "lz4", "lzallright", "isal")
+DEPENDENCIES = ("backports/zstd", "lz4", "lzallright", "isal", "fsspec")
 
 
 def rootless_python(uid: int = NOBODY, *, fusermount: bool = False) -> list[str]:

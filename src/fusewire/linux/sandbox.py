@@ -213,8 +213,9 @@ def plan(
     handles will be opened. landlock: auto, require or off. rlimit_nofile: how many descriptors may be open; None
     leaves it. writable: False takes writing from Landlock's rule too. readable: directories outside that can be read in
     spite of Landlock, where there is a way to them. executes: for a mount with backing files (FUSE_PASSTHROUGH), which
-    the kernel opens with the rights of who registered them, also for exec. dumpable: others of the same user may look into /proc/PID of the
-    server. child: plan for `sandbox_enter.start`. attempt: how auto finds out, `sandbox_enter.probe`.
+    the kernel opens with the rights of who registered them, also for exec. dumpable: others of the same user may look
+    into /proc/PID of the server. child: plan for `sandbox_enter.start`. attempt: how auto finds out,
+    `sandbox_enter.probe`.
 
     Raises SandboxError for a mode that cannot be had, with what can; ValueError for options that make no sense.
     """
