@@ -11,6 +11,7 @@ import directory
 import floor
 import hello
 import images
+import remote
 import share
 
 # The block cache that a Fusewire server has unless told otherwise; memory goals are beside it.
@@ -246,6 +247,8 @@ def text(results: dict[str, Any]) -> str:
         parts += _directory_tables(results["directory"])
     if "archives" in results:
         parts += _archive_tables(results["archives"])
+    if "remote" in results:
+        parts += _remote_tables(results["remote"])
     if "share" in results:
         parts += _share_tables(results["share"])
     if "startup" in results:
@@ -410,6 +413,23 @@ def _archive_tables(results: dict[str, Any]) -> list[str]:
                 if words and words != "not measured":
                     parts.append(f"  {server}, {archives.TITLES[case]}: {words}")
     return parts + _missing(results)
+
+
+def _remote_tables(results: dict[str, Any]) -> list[str]:
+    if not results["cases"]:
+        return _missing(results)
+    head = (
+        f"An image on a web server: {results['image_bytes'] / 1e6:.0f} MB, {results['files']} files; medians of "
+        f"{results['rounds']} rounds. Needed: the stored blocks of what is read"
+    )
+    rows = [
+        ["", "requests", "fetched kB", "needed kB", *(f"seconds, {d * 1000:.0f} ms away" for d in remote.DISTANCES)]
+    ]
+    for case, figures in results["cases"].items():
+        seconds = [f"{figures[f'seconds_{d * 1000:.0f}ms']:.2f}" for d in remote.DISTANCES]
+        kilobytes = [f"{figures[name] / 1000:.0f}" for name in ("fetched", "needed")]
+        rows.append([remote.TITLES[case], str(figures["requests"]), *kilobytes, *seconds])
+    return [f"{head}\n{_table(rows)}", *_missing(results)]
 
 
 def _share_tables(results: dict[str, Any]) -> list[str]:

@@ -17,12 +17,13 @@ import directory
 import floor
 import hello
 import images
+import remote
 import report
 import share
 import startup
 from harness import HERE, Bench, BenchError, MissingError, Progress, machine
 
-SUITES = ("floor", "hello", "images", "startup", "directory", "archives", "share")
+SUITES = ("floor", "hello", "images", "startup", "directory", "archives", "remote", "share")
 SERVERS = {
     name.lower()
     for name in (
@@ -53,8 +54,8 @@ def _arguments() -> argparse.Namespace:
         "--rounds",
         type=int,
         metavar="N",
-        help="rounds of floor, hello, images, directory, archives and share (default: 31, 21, 5, 5, 5 and 21; "
-        "quick: 5, 3, 2, 1, 1 and 3)",
+        help="rounds of floor, hello, images, directory, archives, remote and share (default: 31, 21, 5, 5, 5, 5 and "
+        "21; quick: 5, 3, 2, 1, 1, 1 and 3)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where the figures go (default: in the cache directory)"
@@ -74,7 +75,8 @@ def _arguments() -> argparse.Namespace:
         default=set(),
         metavar="A,B",
         help=f"only these; images: {', '.join(images.CASES)}; directory: {', '.join(directory.NAMES)}; "
-        f"share: {', '.join(share.NAMES)}; hello: {', '.join(hello.OPERATIONS)}; archives: {', '.join(archives.CASES)}",
+        f"share: {', '.join(share.NAMES)}; hello: {', '.join(hello.OPERATIONS)}; "
+        f"archives: {', '.join(archives.CASES)}; remote: {', '.join(remote.CASES)}",
     )
     parser.add_argument(
         "--compressors", type=_names, default=set(images.COMPRESSORS), metavar="A,B", help="only these images"
@@ -84,7 +86,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="exit with status 1 when a goal is not met")
     arguments = parser.parse_args()
-    known = {*images.CASES, *directory.NAMES, *share.NAMES, *hello.OPERATIONS, *archives.CASES}
+    known = {*images.CASES, *directory.NAMES, *share.NAMES, *hello.OPERATIONS, *archives.CASES, *remote.CASES}
     unknown = arguments.cases - known
     if unknown:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; --help lists them")
@@ -113,6 +115,7 @@ def _measure(arguments: argparse.Namespace, progress: Progress) -> dict[str, Any
             ),
             "directory": lambda: directory.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
             "archives": lambda: archives.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
+            "remote": lambda: remote.run(bench, rounds or (1 if quick else 5), servers, arguments.cases),
             "share": lambda: share.run(bench, rounds or (3 if quick else 21), servers, arguments.cases),
         }
         for name, suite in suites.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from e2e import USER, World, ends, status
+from fusewire.testing.guest import FakeGuest
 
 HELLO = """
 import fusewire
@@ -101,3 +103,22 @@ def test_package_brings_a_kind_of_source(world: World, uid: int) -> None:
     how = {"uid": uid, "env": {"PYTHONPATH": f"{place}:{path}"}}
     with world.mounted("words:one+two", "mnt", **how):  # type: ignore[arg-type]
         assert world.sh("ls mnt/", uid=uid).stdout == "one\ntwo\n"
+
+
+def test_program_is_shared_with_a_guest(world: World, uid: int) -> None:
+    socket = world.home(uid) / "s"
+    job = world.start("fusewire", "share", "mine:Hello", "--socket-path", str(socket), "--json", uid=uid)
+    assert '"source": "mine:Hello"' in job.line()
+    try:
+        for _ in range(2):  # made anew for each
+            with FakeGuest.connect(str(socket)) as guest:
+                guest.init()
+                assert guest.read_file(b"hello.txt") == b"hello world\n"
+    finally:
+        job.kill(signal.SIGTERM)
+    done = job.finish()
+    assert done.returncode == 0, done.stderr
+    assert "sandbox: none" in done.stderr
+    refused = world.fw("share", "mine:Hello", "--sandbox", "namespace", "--socket-path", str(socket), uid=uid)
+    assert refused.returncode == 1
+    assert "--sandbox is not for mine:Hello, which is a program" in refused.stderr

@@ -230,6 +230,7 @@ def _serve(options: ShareOptions, name: str, tell: int | None) -> int:
     if callable(on_interrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     factory = Source(options.source, options.mount)
+    share_sandbox.free(options, factory)
     listening: Listening | None = None
     pid_file: PidFile | None = None
     try:
@@ -242,7 +243,7 @@ def _serve(options: ShareOptions, name: str, tell: int | None) -> int:
             from fusewire.linux.listening import PidFile
 
             pid_file = PidFile(os.path.abspath(options.pid_file))
-        report = _report(options)
+        report = _report(options, factory.path)
         if tell is not None:
             from fusewire.linux import process
 
@@ -287,10 +288,10 @@ def _make_server(options: ShareOptions, factory: Source, listening: Listening, m
     return server
 
 
-def _report(options: ShareOptions) -> dict[str, object]:
+def _report(options: ShareOptions, source: str) -> dict[str, object]:
     """What is shared where, and the process that is to be signalled to end it all."""
     return {
-        "source": os.path.abspath(options.source),
+        "source": source,
         "socket": None if options.fd >= 0 else os.path.abspath(options.socket_path),
         "pid": os.getpid(),
         "tag": os.fsdecode(options.tag) or None,

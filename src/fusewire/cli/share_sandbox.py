@@ -6,6 +6,7 @@ source, and the modules that it will need once nothing can be loaded any more.
 
 from __future__ import annotations
 
+import errno
 import os
 
 TYPE_CHECKING = False
@@ -25,8 +26,6 @@ def plan_for(options: ShareOptions, shared: int | None) -> Plan:
 
     Raises OSError that says why a mode cannot be had, and what can.
     """
-    import errno
-
     from fusewire.linux import sandbox
 
     try:
@@ -42,6 +41,23 @@ def plan_for(options: ShareOptions, shared: int | None) -> Plan:
         )
     except ValueError as error:
         raise OSError(errno.EINVAL, str(error)) from error
+
+
+def free(options: ShareOptions, source: Source) -> None:
+    """Leave a program or a URL out of the sandbox: nobody knows what files, networks and libraries its server needs.
+
+    Raises OSError if a sandbox was asked for.
+    """
+    if not source.is_free:
+        return
+    asked = [name for name in ("sandbox", "landlock", "seccomp") if name in options.said]
+    for name in asked:
+        if getattr(options, name) not in ("none", "off"):
+            raise OSError(
+                errno.EOPNOTSUPP, f"--{name} is not for {source.path}, which is a {source.kind}: leave it out"
+            )
+    options.sandbox = options.seccomp = "none"
+    options.landlock = "off"
 
 
 def enter(
