@@ -70,6 +70,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _WebServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # whoever unmounts does not wait for what was read ahead
+
+
 class State:
     """The web server and what it has sent."""
 
@@ -79,8 +86,7 @@ class State:
         self.distance = 0.0
         self.requests = self.sent = 0
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.daemon_threads = True
+        self._server = _WebServer(("127.0.0.1", 0), _Handler)
         self._server.state = self  # type: ignore[attr-defined]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/image.sqsh"

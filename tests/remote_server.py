@@ -114,6 +114,7 @@ class RangeServer:
         self.etag = '"1"'
         self.fault: Fault | None = None
         self.lock = threading.Lock()
+        self.working = 0
         self.reset()
         self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.owner = self
@@ -124,7 +125,7 @@ class RangeServer:
 
     def reset(self) -> None:
         """Begin to count anew."""
-        self.requests = self.sent = self.working = self.at_once = 0
+        self.requests = self.sent = self.at_once = 0  # not `working`: who has just answered still counts himself out
         self.ranges: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
 
