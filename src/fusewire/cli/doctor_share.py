@@ -410,7 +410,9 @@ def _leaves(plan: Plan, image: bool, devices: bool) -> str:
         text = f"{stays}; code in the daemon gets out by `..` from /proc/self/fd, where it {outside}"
     else:
         text = f"{stays}; code in the daemon {unseen if plan.landlock else f'opens every file that {who} may open'}"
-    return text + ("; in the share, which lacks nodev, it can make and open device nodes" if devices else "")
+    if devices and plan.mode != "namespace":  # where the share is mounted nodev
+        text += "; in the share, which lacks nodev, it can make and open device nodes"
+    return text
 
 
 def _costs(plan: Plan) -> list[str]:
