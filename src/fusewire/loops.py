@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusewire.adapters import FileReply, Reply, is_async
 from fusewire.mounts import as_operations
-from fusewire.mounts_held import GRACE, first_look, hold, options_for, prepare
+from fusewire.mounts_held import GRACE, first_look, hold, options_for
 from fusewire.serve import guarded
 from fusewire.session import Session
 from fusewire.trace import trace_to_stderr
@@ -70,7 +70,8 @@ async def serve_async(
     if fd < 0:
         held = hold(None if path is None else os.path.join(os.getcwdb(), os.fsencode(path)), chosen, strategy)
         fd = held.fd
-        prepare(operations, held.maps)
+        if held.maps is not None:
+            operations.serve_namespace(*held.maps)
     pump = _Pump(operations, fd, loop, debug=debug, log=log, owned=chosen.allow_root)
     try:
         await pump.begin()

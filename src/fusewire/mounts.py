@@ -27,8 +27,6 @@ from fusewire.mounts_held import (
     hold,
     make_server,
     options_for,
-    prepare,
-    start,
 )
 from fusewire.ops import Operations
 
@@ -76,8 +74,9 @@ class _InProcess(Mounted):
 
         atexit.register(self._end)
         try:
-            prepare(self._operations, self._held.maps)
-            start(self._server)
+            if self._held.maps is not None:
+                self._operations.serve_namespace(*self._held.maps)
+            self._server.begin()
             first_look(self._operations, self.path)
         except BaseException:
             try:

@@ -22,13 +22,10 @@ from fusewire.mounts_held import (
     described,
     fork,
     make_server,
-    prepare,
     private_directory,
     raise_described,
     receive,
     send,
-    socket_pair,
-    start,
     wait_for,
 )
 
@@ -263,7 +260,7 @@ class Job:
 def start_child(job: Job) -> InChild:
     import signal
 
-    ours, theirs = socket_pair()
+    ours, theirs = process.socket_pair(packets=True)
     private = private_directory()
     program, parent = os.getpid(), -1
     try:
@@ -373,11 +370,11 @@ class _Child:
         self._die_with_program(signal.SIGTERM)
         self._mount = held = mounting.mount(job.target, job.options, job.strategy, private=os.fsencode(self._private))
         self._die_with_program(signal.SIGTERM)  # forgotten where a user namespace was entered
-        prepare(job.operations, userns.maps_of(os.getpid()))
+        job.operations.serve_namespace(*userns.maps_of(os.getpid()))
         server = make_server(job.operations, held.fd, job.options, job.threads, job.debug, job.log)
         self._server = server
         server.on_end = lambda: os.eventfd_write(self._ended, 1)
-        start(server)
+        server.begin()
         signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._ended, 1))
         self._die_with_program(0)  # it would come with the end of the thread that has forked us
         path = held.outside if held.outside is not None and job.target is None else held.target

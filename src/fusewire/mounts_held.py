@@ -14,7 +14,7 @@ from _weakrefset import WeakSet
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fusewire.linux import mount as mounting
-from fusewire.linux import mount_namespace, process, syscalls, userns
+from fusewire.linux import mount_base, mount_namespace, process, syscalls, userns
 from fusewire.linux.mount_base import Mount, Options
 from fusewire.linux.mount_namespace import put_back
 from fusewire.serve import DEFAULT_THREADS, Server
@@ -136,7 +136,7 @@ def _hold_in_namespace(target: bytes | None, options: Options) -> Held:
     try:
         pid = 0
         private = private_directory()
-        ours, theirs = socket_pair()
+        ours, theirs = process.socket_pair(packets=True)
         try:
             try:
                 pid = fork(quiet=True)
@@ -211,13 +211,6 @@ def fork(*, quiet: bool) -> int:
 # Messages between a program and its child: one packet each
 
 
-def socket_pair() -> tuple[int, int]:
-    import _socket
-
-    first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    return process.above_stdio(first.detach()), process.above_stdio(second.detach())
-
-
 def send(control: int, message: dict[str, Any], fds: list[int] | None = None) -> None:
     import json
 
@@ -274,13 +267,6 @@ def options_for(fs: object, operations: Operations, given: Options | None) -> Op
     return Options(fsname=os.fsencode(type(fs).__name__), flags=flags)
 
 
-def prepare(operations: Operations, maps: tuple[str, str, bool] | None) -> None:
-    """Have a filesystem of the host's files speak the ids of the mount's user namespace."""
-    speak = getattr(operations, "serve_namespace", None)
-    if speak is not None and maps is not None:
-        speak(*maps)
-
-
 def make_server(
     operations: Operations, fd: int, options: Options, threads: int | None, debug: bool, log: Log | None
 ) -> Server:
@@ -294,20 +280,10 @@ def make_server(
     )
 
 
-def start(server: Server) -> None:
-    server.start()
-    if not server.wait_ready():
-        server.wait()
-        raise OSError(errno.EIO, server.session.refused or "the mount ended before it was ready")
-
-
 def first_look(operations: Operations, path: str) -> None:
-    """Have the kernel ask for the root's attributes: until then it takes it for user 0's, whom a namespace may lack."""
+    """Look at the mount first, if anything can be made in it; see `mount_base.first_look`."""
     if not operations.read_only:
-        try:
-            os.stat(path)
-        except OSError:
-            pass  # whoever uses it will see
+        mount_base.first_look(os.fsencode(path))
 
 
 # Mounted

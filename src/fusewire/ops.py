@@ -312,6 +312,12 @@ class Operations:
         """
         _unsupported("renumber")
 
+    def serve_namespace(self, uid_map: str, gid_map: str, inside: bool) -> None:
+        """Hear of the mount's user namespace, before `init`: its maps, as this process sees them; is it in it itself?
+
+        For filesystems that show owners of files of the host, which have other numbers there: user_namespaces(7).
+        """
+
     def destroy(self) -> Eventual[None]:
         """End: no request comes after this. Called once per mount, also when the kernel sent no DESTROY."""
 

@@ -68,7 +68,7 @@ class Server:
         self._ready = threading.Event()
         self._ended = threading.Event()
         self.on_end: Callable[[], None] | None = None
-        self.session.on_ready = self._begin
+        self.session.on_ready = self._add_workers
 
     def start(self) -> None:
         """Start serving: one worker until INIT is answered, then all of them, or as many as the system allows.
@@ -76,6 +76,13 @@ class Server:
         Raises OSError(EAGAIN) if it does not allow a single one.
         """
         self._add_worker()
+
+    def begin(self) -> None:
+        """Start serving, and wait until INIT has been answered. Raises OSError if the connection has ended before."""
+        self.start()
+        if not self.wait_ready():
+            self.wait()
+            raise OSError(errno.EIO, self.session.refused or "the mount ended before it was ready")
 
     def _add_worker(self) -> None:
         worker = threading.Thread(target=self._work, name=f"fuse-{len(self._workers)}", daemon=True)
@@ -92,7 +99,7 @@ class Server:
                 errno.EAGAIN, f"{error}: the limit of processes (`ulimit -u`) or of memory (`ulimit -v`) is reached"
             ) from error
 
-    def _begin(self) -> None:
+    def _add_workers(self) -> None:
         try:
             for _ in range(self.threads - 1):
                 self._add_worker()

@@ -144,7 +144,7 @@ class _FirstLooker:
 
     def __init__(self, path: bytes, fd: int) -> None:
         """`fd` is the mount's own descriptor: who held it would wait for himself if it is never served."""
-        from fusewire.cli.serving import first_look
+        from fusewire.linux.mount_base import first_look
 
         told, self._tell = os.pipe()
         self._pid = os.fork()
@@ -221,9 +221,8 @@ class _Daemon:
         job = self.job
         target = job.target if job.target.startswith("/") else os.path.join(os.getcwd(), job.target)
         self.record = record = self.store.create(
-            job.source, job.target, options=job.options.given, created=_before(target)
+            source.path, job.target, options=job.options.given, created=_before(target)
         )
-        record.source = source.path
         options = kernel_options(job.options, job.source)
         os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
         locks = job.locks or Locks()

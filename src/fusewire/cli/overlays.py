@@ -63,7 +63,9 @@ class Layer:
         try:
             if self.directory is not None:
                 overlay.prepare(self.directory)
-                os.close(_claimed(self.directory))
+                claim = overlay.claim(self.directory)
+                if claim >= 0:
+                    os.close(claim)
             userns.enter(plan)
             if self.directory is None:
                 overlay.mount_tmpfs(_TRIED_AT)
@@ -80,20 +82,10 @@ class Layer:
     def remove(self) -> None:
         """Remove what was made for this run alone."""
         if self.where == TMPFS and self.directory is not None:
-            import shutil
-
-            # An overlay leaves directories behind that even their owner may not look into.
-            for path, names, _ in os.walk(self.directory):
-                for name in names:
-                    inner = os.path.join(path, name)
-                    if not os.path.islink(inner):
-                        os.chmod(inner, 0o700)
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _claimed(directory: bytes) -> int:
-    fd = overlay.claim(directory)
-    return fd if fd >= 0 else os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                overlay.remove(self.directory)
+            except OSError:
+                pass  # what is left lies where temporary files do
 
 
 class Upper:
@@ -107,7 +99,7 @@ class Upper:
         if layer.directory is None:
             overlay.mount_tmpfs(target)
         else:
-            self.claim = _claimed(layer.directory)
+            self.claim = overlay.claim(layer.directory)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         self._fds = [os.open(path, flags) for path in overlay.prepare(layer.directory or target)]
 
@@ -136,7 +128,7 @@ class LayeredSource(Source):
         self._lower_filesystem: Any = self._first if self._lasts else None
         if self._lasts:
             self._first, self._lasts = None, False
-        self._claim = _claimed(layer.directory)  # as long as this process lives, and its child
+        self._claim = overlay.claim(layer.directory)  # as long as this process lives, and its child
         self._lower, self._fd = self._fd, os.open(layer.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._lower_is_directory, self._is_directory = self._is_directory, True
         self.read_only = False

@@ -520,8 +520,8 @@ def _source_of(spec: Spec, job: Run) -> Source:
 def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], complain: int) -> None:
     """Make the namespaces and the mounts, wait until they are served, and become the command."""
     process.set_pdeathsig(signal.SIGKILL, supervisor)
-    from fusewire.cli.serving import first_look, kernel_options, spare_devices
-    from fusewire.linux import mount, shadow, syscalls, userns
+    from fusewire.cli.serving import kernel_options, spare_devices
+    from fusewire.linux import mount, mount_base, shadow, syscalls, userns
 
     plan = plan_of(job.maps)
     # Real root, and a namespace that knows many ids, run programs under other ids too: they are let in, as they would
@@ -556,7 +556,7 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
         held = mount.mount(target, options, "direct")
         devices = spare_devices(job.options)
         _hand_over(socket, b"%s %d" % (namespace, len(lock)), [held.fd, *devices, *lock])
-        first_look(target)
+        mount_base.first_look(target)
         held.close()
         if upper is not None:
             upper.mount(target, options.flags & ~syscalls.MS_RDONLY)

@@ -81,15 +81,10 @@ class Locks:
             attempt=attempt,
         )
 
-    def refuse_free(self, source: Source) -> None:
-        """Raise OSError if somebody wants a server locked in of which nobody knows what it needs."""
-        asked = [f"--sandbox {self.sandbox}"] * (self.sandbox not in ("auto", "none"))
-        asked += [f"--landlock {self.landlock}"] * (self.landlock == "require")
-        asked += [f"--seccomp {self.seccomp}"] * (self.seccomp not in ("auto", "none"))
-        if asked:
-            raise OSError(
-                errno.EOPNOTSUPP, f"{asked[0]} is not for {source.path}, which is a {source.kind}: leave it out"
-            )
+    def asked(self) -> list[str]:
+        """What was asked for, as opposed to what comes by itself."""
+        words = (("sandbox", self.sandbox), ("landlock", self.landlock), ("seccomp", self.seccomp))
+        return [f"--{name} {value}" for name, value in words if value not in ("auto", "none", "off")]
 
     def filter(self) -> tuple[str, str]:
         """Give the action of the system call filter, and why there is none where that was not asked for.
@@ -142,7 +137,7 @@ class ServerProcess:
         self._hung_up = False
         self._status: int | None = None
         action, lacking = ("none", "") if sources[0].is_free else locks.filter()
-        ours, theirs = _packets()
+        ours, theirs = process.socket_pair(packets=True)
         directory = next((source for source in sources if source.directory is not None), None)
         if directory is not None:
             directory.drop_first()  # its descriptors would be closed under it
@@ -167,7 +162,7 @@ class ServerProcess:
 
         try:
             if any(source.is_free for source in sources):
-                locks.refuse_free(sources[0])
+                sources[0].refuse_locks(locks.asked())
                 self.pid = _start_free(child, set(sources[0].strange) - {0, 1, 2, theirs} | {ours})
                 self.summary = f"sandbox: none, for it is a {sources[0].kind}"
             else:
@@ -309,11 +304,6 @@ def _start_free(child: _Child, close: set[int]) -> int:
         os._exit(status)
 
 
-def _packets() -> tuple[int, int]:
-    first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-    return process.above_stdio(first.detach()), process.above_stdio(second.detach())
-
-
 def _socket_shutdown(fd: int) -> None:
     borrowed = _socket.socket(fileno=fd)
     try:
@@ -326,7 +316,6 @@ def _socket_shutdown(fd: int) -> None:
 
 def _import_all() -> None:
     """Load what serving takes, and its end: in there no module and no library is found."""
-    import ctypes
     import fcntl  # noqa: F401
     import resource  # noqa: F401
     import threading  # noqa: F401
@@ -334,11 +323,6 @@ def _import_all() -> None:
     import fusewire.cli.run
     import fusewire.cli.serving
     import fusewire.serve  # noqa: F401
-
-    try:
-        ctypes.CDLL("libgcc_s.so.1")  # for pthread_exit(3), by which a worker may end
-    except OSError:
-        pass
 
 
 def _loader(action: str) -> Callable[[], None] | None:
@@ -401,19 +385,16 @@ class _Child:
 
     def _add(self, packet: bytes, fds: list[int]) -> bytes:
         from fusewire.cli.run import explain
-        from fusewire.cli.serving import make_server, speak_ids
+        from fusewire.cli.serving import make_server
 
         number, uids, gids, inside = packet.split(b"\0")
         try:
             filesystem = self._sources[int(number)]()
-            speak_ids(filesystem, (uids.decode(), gids.decode(), inside == b"1"))
+            filesystem.serve_namespace(uids.decode(), gids.decode(), inside == b"1")
             server = make_server(filesystem, fds[0], self._options, self._owner, devices=fds[1:])
             server.on_end = self._say_end
-            server.start()
             self._servers.append(server)
-            if not server.wait_ready():
-                server.wait()
-                raise OSError(errno.EIO, "the mount ended before it was ready")
+            server.begin()
         except OSError as error:
             return b"E" + os.fsencode(explain(error))
         return b"R"

@@ -62,13 +62,6 @@ def own_ids_inside(options: MountOptions, maps: str) -> None:
         options.gid = 0 if options.gid is None else options.gid
 
 
-def speak_ids(filesystem: Operations, maps: tuple[str, str, bool]) -> None:
-    """Have a filesystem of the host's files speak the ids of a user namespace, from `userns.maps_of`."""
-    serve_namespace = getattr(filesystem, "serve_namespace", None)
-    if serve_namespace is not None:
-        serve_namespace(*maps)
-
-
 def log_to_stderr(message: str, error: BaseException | None = None) -> None:
     """Report a fault of a session, with the places that an exception has come through.
 
@@ -83,18 +76,6 @@ def log_to_stderr(message: str, error: BaseException | None = None) -> None:
     if error is not None:
         lines.append(f"  {type(error).__name__}: {error}")
     os.write(2, os.fsencode("\n".join(lines) + "\n"))
-
-
-def first_look(path: bytes) -> None:
-    """Have the kernel ask for the attributes of a mount's root; for a process that does not serve it.
-
-    Until then it takes the root for a directory of user 0, whom a namespace may not know: nobody could make anything
-    in it (inode_permission, EACCES).
-    """
-    try:
-        os.stat(path)
-    except OSError:
-        pass  # a mount that this process may not enter; whoever may will see
 
 
 def tune_process() -> None:

@@ -50,12 +50,8 @@ def free(options: ShareOptions, source: Source) -> None:
     """
     if not source.is_free:
         return
-    asked = [name for name in ("sandbox", "landlock", "seccomp") if name in options.said]
-    for name in asked:
-        if getattr(options, name) not in ("none", "off"):
-            raise OSError(
-                errno.EOPNOTSUPP, f"--{name} is not for {source.path}, which is a {source.kind}: leave it out"
-            )
+    said = [name for name in ("sandbox", "landlock", "seccomp") if name in options.said]
+    source.refuse_locks([f"--{name}" for name in said if getattr(options, name) not in ("none", "off")])
     options.sandbox = options.seccomp = "none"
     options.landlock = "off"
 

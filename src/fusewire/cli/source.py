@@ -5,6 +5,7 @@ Layer `cli`. What a source is, is recognised in `fs.sources`.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from fusewire.linux.process import open_fds
@@ -96,11 +97,13 @@ class Source:
 
     def _open_first(self) -> Operations:
         """Open it where an index can be kept, with a word about how long that takes for who is at a terminal."""
-        from fusewire.cli.progress import Progress
-
         said = self._mount.archive
         said["cache"] = cache_directory("archives")
         said["spool"] = [os.environ["TMPDIR"]] if os.environ.get("TMPDIR", "").startswith("/") else []
+        if not os.isatty(2):
+            return self._open()
+        from fusewire.cli.progress import Progress
+
         with Progress(os.path.basename(self.path)) as progress:
             said["progress"] = progress
             try:
@@ -126,6 +129,11 @@ class Source:
     def is_free(self) -> bool:
         """True if nobody can tell what files, programs and networks its server needs: it is not locked in."""
         return self.kind != "path"
+
+    def refuse_locks(self, asked: list[str]) -> None:
+        """Raise OSError for options that would lock in a server which cannot be."""
+        if self.is_free and asked:
+            raise OSError(errno.EOPNOTSUPP, f"{asked[0]} is not for {self.path}, which is a {self.kind}: leave it out")
 
     @property
     def directory(self) -> int | None:

@@ -203,7 +203,7 @@ class Store:
                     os.close(root)
                     root = private.open_root(path, make=True)
             os.mkdir(f"{name}/{MOUNT_POINT}", 0o700, dir_fd=root)
-            fields = {"source": os.path.abspath(source), "mounted_at": time.time()} | fields
+            fields = {"source": source, "mounted_at": time.time()} | fields
             fields["target"] = None if target is None else place(target)
             record = Record(os.path.join(path, name), id=name, **fields)
             record.served_by(os.getpid())

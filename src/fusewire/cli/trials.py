@@ -191,10 +191,7 @@ def _serve(fd: int, ready: int) -> None:
     from fusewire.serve import Server
 
     server = Server(_Tiny(), fd, threads=2)
-    server.start()
-    if not server.wait_ready():
-        server.wait()
-        raise OSError(errno.EIO, "the connection ended before it began")
+    server.begin()
     os.close(ready)
     server.wait()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-from fusewire.linux import mount, mount_namespace, process, syscalls, userns
+from fusewire.linux import mount, mount_base, mount_namespace, process, syscalls, userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,18 +161,12 @@ def _keep(target: bytes, options: Options) -> None:
 
 
 def _look_first(path: bytes) -> None:
-    """Have the kernel ask for the root's attributes, in a process that may wait for the answer.
-
-    Until then it takes the root for a directory of user 0, whom a namespace may not know: nobody could make anything
-    in it (inode_permission, EACCES).
-    """
+    """Look at the mount first, in a process that may wait for the answer."""
     looker = os.fork()
     if looker == 0:
         try:
             process.close_inherited_fds(())
-            os.stat(path)
-        except OSError:
-            pass  # the program has ended
+            mount_base.first_look(path)
         finally:
             os._exit(0)
     os.waitpid(looker, 0)

@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fusewire.ops import Connection
+
 # A read of the image that takes longer (seconds) did not come from the page cache.
 _SLOW_READ = 0.001
 
@@ -29,6 +31,14 @@ class ImageFile:
         self.fd = fd
         self.may_block: Callable[[bool], None] | None = None
         self._slow = False
+
+    def begin(self, connection: Connection) -> None:
+        """Hear that serving begins."""
+        self.may_block = connection.may_block
+
+    def statistics(self) -> dict[str, int]:
+        """Give counters, if it has any."""
+        return {}
 
     def pread(self, offset: int, length: int) -> bytes:
         """Read up to `length` bytes at `offset`, pread(2); fewer at the end of the file."""

@@ -11,6 +11,9 @@ import stat
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from fusewire.formats.squashfs import Image
+    from fusewire.fs.imagefile import ImageFile
+    from fusewire.fs.squashfs import SquashFS
     from fusewire.ops import Operations
 
 
@@ -131,8 +134,6 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
     from fusewire.formats.containers import find_image
     from fusewire.formats.squashfs import Image
     from fusewire.fs.imagefile import ImageFile
-    from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
-    from fusewire.ops import FOREVER
 
     file = ImageFile(fd)
     try:
@@ -140,17 +141,26 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
         image = Image(file.pread, size, offset=offset, cache_size=options.cache_size, metadata_size=4 << 20)
     except OSError as error:
         raise OSError(error.errno, f"{source}: {error.strerror or error}") from error
-    uid = os.getuid() if options.squash_owner and options.uid is None else options.uid
-    gid = os.getgid() if options.squash_owner and options.gid is None else options.gid
+    return squashfs_of(image, file, options)
+
+
+def squashfs_of(image: Image, file: ImageFile, options: SourceOptions) -> SquashFS:
+    """Serve a squashfs image that has been opened; `file` is what it reads from, closed at the end."""
+    from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
+    from fusewire.ops import FOREVER
+
+    def seconds(value: float | None) -> float:
+        return FOREVER if value is None else value
+
     kind = SquashFSWithXattrs if image.has_xattrs else SquashFS
     filesystem = kind(
         image,
-        uid=uid,
-        gid=gid,
+        uid=os.getuid() if options.squash_owner and options.uid is None else options.uid,
+        gid=os.getgid() if options.squash_owner and options.gid is None else options.gid,
         umask=options.umask or 0,
-        entry_timeout=FOREVER if options.entry_timeout is None else options.entry_timeout,
-        attr_timeout=FOREVER if options.attr_timeout is None else options.attr_timeout,
-        negative_timeout=FOREVER if options.negative_timeout is None else options.negative_timeout,
+        entry_timeout=seconds(options.entry_timeout),
+        attr_timeout=seconds(options.attr_timeout),
+        negative_timeout=seconds(options.negative_timeout),
         file=file,
     )
     if isinstance(filesystem, SquashFSWithXattrs) and os.geteuid() == 0:

@@ -78,12 +78,16 @@ class SquashFS(Operations):
     def init(self, connection: Connection) -> None:
         self._prefetcher.may_block = connection.may_block
         if self._file is not None:
-            self._file.may_block = connection.may_block
+            self._file.begin(connection)
 
     def destroy(self) -> None:
         self._prefetcher.close()
         if self._file is not None:
             self._file.close()
+
+    def statistics(self) -> dict[str, int]:
+        """Give the counters of the image's caches, and of the file that it is read from."""
+        return self.image.statistics() | (self._file.statistics() if self._file is not None else {})
 
     # Node ids
 

@@ -443,6 +443,18 @@ def _configure(context: int, fd: int, options: Options) -> None:
     syscalls.fsconfig_create(context)
 
 
+def first_look(path: bytes) -> None:
+    """Have the kernel ask for the attributes of a mount's root; for a process that does not serve it.
+
+    Until then it takes the root for a directory of user 0, whom a namespace may not know: nobody could make anything
+    in it (inode_permission, EACCES).
+    """
+    try:
+        os.stat(path)
+    except OSError:
+        pass  # a mount that this process may not enter, or that has ended; whoever may will see
+
+
 def explained(error: OSError) -> OSError:
     """The error of a refused mount with its likely cause, others as they are."""
     if error.errno == errno.ENODEV:

@@ -158,7 +158,7 @@ def probe(directory: bytes) -> None:
         finally:
             syscalls.umount2(lower, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     finally:
-        _remove(base)
+        remove(base)
 
 
 def _place(path: bytes) -> str:
@@ -199,8 +199,8 @@ def _use(place: bytes, directory: bytes) -> None:
         raise RefusedError(error.errno or errno.EIO, reason, _ELSEWHERE) from error
 
 
-def _remove(path: bytes) -> None:
-    """Remove what the probe has made, with the kernel's own directories of mode 0 in it."""
+def remove(path: bytes) -> None:
+    """Remove a directory with all that is in it, also with the kernel's own directories of mode 0."""
     try:
         names = os.listdir(path)
     except FileNotFoundError:
@@ -211,7 +211,7 @@ def _remove(path: bytes) -> None:
     for name in names:
         inner = os.path.join(path, name)
         if os.path.isdir(inner) and not os.path.islink(inner):
-            _remove(inner)
+            remove(inner)
         else:
             os.unlink(inner)
     os.rmdir(path)

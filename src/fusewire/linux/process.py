@@ -178,10 +178,24 @@ def allow_owner() -> int:
     return before
 
 
-def socket_pair() -> tuple[int, int]:
-    """Two connected AF_UNIX stream sockets as close-on-exec descriptors above 2."""
-    first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+def socket_pair(*, packets: bool = False) -> tuple[int, int]:
+    """Two connected AF_UNIX sockets as close-on-exec descriptors above 2: streams, or with `packets` SOCK_SEQPACKET."""
+    kind = _socket.SOCK_SEQPACKET if packets else _socket.SOCK_STREAM
+    first, second = _socket.socketpair(_socket.AF_UNIX, kind)
     return above_stdio(first.detach()), above_stdio(second.detach())
+
+
+def preload_thread_exit() -> None:
+    """Load what glibc loads when a thread ends by pthread_exit(3), as daemon threads do when Python ends.
+
+    It aborts the process where it can find libgcc_s no more, or may not map it.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL("libgcc_s.so.1")
+    except OSError:
+        pass  # another C library, or one that needs none
 
 
 def above_stdio(fd: int) -> int:

@@ -75,7 +75,6 @@ class Plan:
 
     __slots__ = (
         "child",
-        "dumpable",
         "executes",
         "gids",
         "helpers",
@@ -107,7 +106,6 @@ class Plan:
         self.executes = False
         self.rlimit_nofile: int | None = None
         self.writable = True
-        self.dumpable = False
         self.child = False
 
     @property
@@ -143,7 +141,6 @@ class Asked:
         "abi",
         "changes",
         "child",
-        "dumpable",
         "effective",
         "egid",
         "euid",
@@ -163,7 +160,6 @@ class Asked:
     abi: int
     changes: tuple[tuple[str, bool], ...]
     child: bool
-    dumpable: bool
     effective: int
     egid: int
     euid: int
@@ -201,7 +197,6 @@ def plan(
     writable: bool = True,
     readable: Iterable[bytes] = (),
     executes: bool = False,
-    dumpable: bool = False,
     child: bool = False,
     attempt: Callable[[Plan], SandboxError | None] | None = None,
 ) -> Plan:
@@ -213,9 +208,8 @@ def plan(
     handles will be opened. landlock: auto, require or off. rlimit_nofile: how many descriptors may be open; None
     leaves it. writable: False takes writing from Landlock's rule too. readable: directories outside that can be read in
     spite of Landlock, where there is a way to them. executes: for a mount with backing files (FUSE_PASSTHROUGH), which
-    the kernel opens with the rights of who registered them, also for exec. dumpable: others of the same user may look
-    into /proc/PID of the server. child: plan for `sandbox_enter.start`. attempt: how auto finds out,
-    `sandbox_enter.probe`.
+    the kernel opens with the rights of who registered them, also for exec. child: plan for `sandbox_enter.start`.
+    attempt: how auto finds out, `sandbox_enter.probe`.
 
     Raises SandboxError for a mode that cannot be had, with what can; ValueError for options that make no sense.
     """
@@ -232,7 +226,7 @@ def plan(
     asked.uid_map = _checked("uid-map", uid_map)
     asked.gid_map = _checked("gid-map", gid_map)
     asked.changes = caps.parse_changes(modcaps) if isinstance(modcaps, str) else tuple(modcaps)
-    asked.handles, asked.writable, asked.dumpable, asked.rlimit_nofile = handles, writable, dumpable, rlimit_nofile
+    asked.handles, asked.writable, asked.rlimit_nofile = handles, writable, rlimit_nofile
     asked.readable, asked.executes, asked.child = tuple(readable), executes, child
     asked.landlock = landlock
     asked.landlock_missing = ""
@@ -297,7 +291,7 @@ def _checked(option: str, lines: Iterable[tuple[int, int, int]]) -> tuple[IdMap,
 
 def _build(mode: str, asked: Asked) -> Plan:
     result = Plan(mode, asked.shared)
-    result.writable, result.dumpable, result.rlimit_nofile = asked.writable, asked.dumpable, asked.rlimit_nofile
+    result.writable, result.rlimit_nofile = asked.writable, asked.rlimit_nofile
     result.child, result.executes = asked.child, asked.executes
     if mode == "none":
         result.readable = asked.readable
@@ -426,8 +420,7 @@ def _steps(result: Plan) -> Iterable[Step]:
     yield Step("no_new_privs", "set no_new_privs", "no set-user-ID program and no file capability gives anything back")
     kept = ", ".join(caps.names(result.keep)) or "none"
     yield Step("capabilities", f"keep {kept}; drop all others from every set", "what serving files takes, and no more")
-    if not result.dumpable:
-        yield Step("memory", "make the process undumpable", "its memory is the guest's: no core dump, no debugger")
+    yield Step("memory", "make the process undumpable", "its memory is the guest's: no core dump, no debugger")
     if waits(result):
         yield Step("parent", "end with the waiting process", "no server is left behind whom nobody knows")
     if result.landlock:

@@ -252,15 +252,10 @@ def _modules(state: State) -> None:
     that nobody has imported in time would be a way to run code. The C library has one such case too: the first thread
     that ends by pthread_exit(3) loads libgcc_s.
     """
-    import ctypes
     import sys
     from importlib.machinery import BuiltinImporter, FrozenImporter
 
-    if state.plan.mode != "none":
-        try:
-            ctypes.CDLL("libgcc_s.so.1")
-        except OSError:
-            pass  # another C library, which does not load it either
+    process.preload_thread_exit()
     sys.meta_path[:] = [BuiltinImporter, FrozenImporter]
     sys.path_importer_cache.clear()
 

@@ -22,6 +22,8 @@ import os
 import struct
 import sys
 
+from fusewire.linux import process
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -201,8 +203,7 @@ def import_all(*modules: str) -> None:
     """Load what would be loaded late otherwise, when nothing can be found any more: the modules and some of Python's.
 
     array: socket.recv_fds. traceback, linecache: a fault that is reported; its lines of source are not shown where
-    they cannot be opened. syslog and time zone: messages. libgcc_s: glibc loads it when a thread ends by pthread_exit,
-    as daemon threads do when Python ends, and aborts if it cannot.
+    they cannot be opened. syslog and time zone: messages.
 
     Raises ImportError.
     """
@@ -211,10 +212,7 @@ def import_all(*modules: str) -> None:
     for name in ("array", "encodings.ascii", "encodings.latin_1", "linecache", "syslog", "traceback", *modules):
         __import__(name)
     time.localtime()
-    try:
-        ctypes.CDLL("libgcc_s.so.1")
-    except OSError:
-        pass  # another C library, or one that needs none
+    process.preload_thread_exit()
 
 
 class _Library:
@@ -377,8 +375,12 @@ def load(
 
 
 def check() -> None:
-    """Load what making a filter takes, where files can still be opened. Raises OSError that says what is missing."""
+    """Load what a filter takes, where files can still be opened. Raises OSError that says what is missing.
+
+    That is the library that makes it, and what a thread could not load at its end with no code to be mapped any more.
+    """
     _Library()
+    process.preload_thread_exit()
 
 
 def program(action: str, *, extra: Iterable[str] = (), syslog: bool = False) -> bytes:

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fusewire.fs.overlay.layers import INO, MODE, NLINK, OURSELVES, Inner, Lower, Upper, is_whiteout
 from fusewire.fs.overlay.marks import PREFIX, Marks, entries, is_reserved
@@ -121,12 +121,10 @@ class Base(Operations):
         self._listings: HandleTable[Listing] = HandleTable()
         self._connection: Connection | None = None
 
-    def serve_namespace(self, *maps: Any) -> None:
+    def serve_namespace(self, uid_map: str, gid_map: str, inside: bool) -> None:
         """Speak the ids of the mount's user namespace, in both filesystems; see `Passthrough.serve_namespace`."""
         for operations in (self._upper, self._lower.operations):
-            speak = getattr(operations, "serve_namespace", None)
-            if speak is not None:
-                speak(*maps)
+            operations.serve_namespace(uid_map, gid_map, inside)
 
     def init(self, connection: Connection) -> None:
         self._connection = connection

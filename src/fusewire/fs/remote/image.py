@@ -6,7 +6,6 @@ Layer `fs`, part of `fs.remote`. For http and https it needs nothing but the sta
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING
 
 from fusewire.fs.imagefile import ImageFile
@@ -16,7 +15,7 @@ from fusewire.fs.remote.http import HttpFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
 
     from fusewire.fs.remote.retry import Patience
     from fusewire.fs.sources import SourceOptions
@@ -63,7 +62,7 @@ class ImageUrl(ImageFile):
 
     def begin(self, connection: Connection) -> None:
         """Go on with threads, and say by `connection` what goes wrong."""
-        self.may_block = connection.may_block
+        super().begin(connection)
         self.log = connection.log_once
         if self._file.whole is None:
             self.blocks.crew = Crew(_REQUESTS, "fetch")
@@ -110,6 +109,7 @@ def image_of(source: ImageUrl, file: RangedFile, options: SourceOptions) -> Oper
     """Serve an image that has been opened. `source` is closed when that is not possible."""
     from fusewire.formats.containers import find_image
     from fusewire.formats.squashfs import Image, NotSquashfsError
+    from fusewire.fs.sources import squashfs_of
 
     found = options.offset is not None
     try:
@@ -127,46 +127,9 @@ def image_of(source: ImageUrl, file: RangedFile, options: SourceOptions) -> Oper
         # Inodes, directories and tables, which are read in pieces of 8 KiB, are at the end of an image.
         superblock = image.superblock
         source.data.dense = (offset + superblock.inode_table, offset + superblock.bytes_used)
-        return _serve(image, source, options)
+        filesystem = squashfs_of(image, source, options)
+        filesystem.workers = _WORKERS  # they wait
+        return filesystem
     except BaseException:
         source.close()
         raise
-
-
-def _serve(image: Any, source: ImageUrl, options: SourceOptions) -> Operations:
-    from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
-    from fusewire.ops import FOREVER
-
-    class Remote(SquashFSWithXattrs if image.has_xattrs else SquashFS):  # type: ignore[misc]
-        workers = _WORKERS  # they wait
-
-        def init(self, connection: Connection) -> None:
-            source.begin(connection)
-            super().init(connection)
-
-        def statistics(self) -> dict[str, int]:
-            """Give the counters of what was fetched."""
-            return source.statistics()
-
-    def seconds(value: float | None) -> float:
-        return FOREVER if value is None else value
-
-    filesystem = Remote(
-        image,
-        uid=os.getuid() if options.squash_owner and options.uid is None else options.uid,
-        gid=os.getgid() if options.squash_owner and options.gid is None else options.gid,
-        umask=options.umask or 0,
-        entry_timeout=seconds(options.entry_timeout),
-        attr_timeout=seconds(options.attr_timeout),
-        negative_timeout=seconds(options.negative_timeout),
-        file=source,
-    )
-    if image.has_xattrs and os.geteuid() == 0:
-        trusted = options.directory.get("trusted")
-        if trusted is None:
-            from fusewire.linux.userns import in_first_namespace
-
-            trusted = in_first_namespace()
-        filesystem.trusted = trusted
-    assert isinstance(filesystem, SquashFS)
-    return filesystem
