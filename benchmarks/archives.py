@@ -251,21 +251,15 @@ def _measure(work: Work, kind: Kind, name: str, case: str, record: Record) -> No
             before = server.cost().cpu
             seconds, answer = ask(work, server, case)
         after = server.cost()
-    except subprocess.TimeoutExpired:
-        record.trouble = f"more than {_LIMIT:.0f} s"
-        return
-    except (BenchError, OSError) as reason:
-        record.trouble = str(reason)
+    except (BenchError, OSError, subprocess.TimeoutExpired) as reason:
+        record.fail(reason, _LIMIT)
         return
     finally:
         server.stop()
         if case == "first":
             shutil.rmtree(index)
     _judge(work, kind, name, case, answer, record)
-    record.answer = answer
-    record.seconds.append(seconds)
-    record.cpu.append(after.cpu - before)
-    record.peak.append(after.peak)
+    record.add(seconds, after.cpu - before, after.peak, answer)
 
 
 def _judge(work: Work, kind: Kind, name: str, case: str, answer: Any, record: Record) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import libfuse
 from harness import HERE, Bench, BenchError, MissingError, Server, fusewire_command
 from images import Record
+
 from served import BLOCK, LIMIT, Work
 
 NATIVE, FUSEWIRE, ROOTLESS = "native", "Fusewire", "Fusewire rootless-like"
@@ -397,11 +398,8 @@ def _measure(work: Work, kind: Kind, line: Line, record: Record) -> None:
         before = server.cost()
         seconds, answer = line.body(work, server, source)
         after = server.cost()
-    except subprocess.TimeoutExpired:
-        record.trouble = f"more than {LIMIT:.0f} s"
-        return
-    except (BenchError, OSError) as reason:
-        record.trouble = str(reason)
+    except (BenchError, OSError, subprocess.TimeoutExpired) as reason:
+        record.fail(reason, LIMIT)
         return
     finally:
         server.stop()
@@ -422,11 +420,8 @@ def _measure(work: Work, kind: Kind, line: Line, record: Record) -> None:
     if record.answer is not None and not _differing(answer, record.answer) <= _tolerated(kind.name, line):
         record.trouble = f"answers differ from round to round: {record.answer} and {answer}"
         return
-    record.answer = answer
     record.remark = kind.remark(line)
-    record.seconds.append(seconds)
-    record.cpu.append(after.cpu - before.cpu)
-    record.peak.append(after.peak)
+    record.add(seconds, after.cpu - before.cpu, after.peak, answer)
 
 
 def _compare(records: dict[str, dict[str, Record]], lines: list[Line]) -> None:

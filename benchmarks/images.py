@@ -355,6 +355,17 @@ class Record:
         self.trouble = ""
         self.remark = ""
 
+    def fail(self, reason: Exception, limit: float) -> None:
+        """Note why there is no figure; `limit`: the seconds that a sample may take."""
+        self.trouble = f"more than {limit:.0f} s" if isinstance(reason, subprocess.TimeoutExpired) else str(reason)
+
+    def add(self, seconds: float, cpu: float, peak: int, answer: Any) -> None:
+        """Add a sample."""
+        self.answer = answer
+        self.seconds.append(seconds)
+        self.cpu.append(cpu)
+        self.peak.append(peak)
+
     def summary(self, *, costs: bool = True) -> dict[str, Any]:
         if self.trouble or not self.seconds:
             return {"trouble": self.trouble or "not measured"}
@@ -454,21 +465,15 @@ def _measure(
         before = server.cost()
         seconds, answer = _sample(bench, server, case, lists)
         after = server.cost()
-    except subprocess.TimeoutExpired:
-        record.trouble = f"more than {_LIMIT:.0f} s"
-        return
-    except (BenchError, OSError) as reason:
-        record.trouble = str(reason)
+    except (BenchError, OSError, subprocess.TimeoutExpired) as reason:
+        record.fail(reason, _LIMIT)
         return
     finally:
         server.stop()
     if record.answer is not None and answer != record.answer:
         record.trouble = f"answers differ from round to round: {record.answer} and {answer}"
         return
-    record.answer = answer
-    record.seconds.append(seconds)
-    record.cpu.append(after.cpu - before.cpu)
-    record.peak.append(after.peak)
+    record.add(seconds, after.cpu - before.cpu, after.peak, answer)
 
 
 def _mount_summary(samples: list[float]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import e2e
+import rootless
 import squashfs_images
 from fusewire.linux import syscalls
 
@@ -132,3 +133,20 @@ def dumpable_again() -> Iterator[None]:
     """A thread that changes its ids makes the whole process undumpable (commit_creds), which other tests look at."""
     yield
     syscalls.set_dumpable()
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
+    """A user, to be given by indirect parametrization, and an empty directory of his."""
+    uid: int = request.param
+    if not uid and os.geteuid():
+        pytest.skip("mounting in the first namespace needs root")
+    base = tempfile.mkdtemp(prefix="fusewire-place-", dir=rootless.rootless_home(uid) if uid else "/tmp")
+    if os.geteuid() == 0:
+        os.chown(base, uid, uid)
+    os.chmod(base, 0o755)
+    try:
+        yield uid, base
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwx", base], check=False)
+        shutil.rmtree(base)

@@ -12,50 +12,22 @@ from typing import Any
 
 import pytest
 
+import served
 from rootless import NOBODY, rootless_home, rootless_python
 
 # What mounts a URL and serves it: in a namespace of its own, so that nothing can be left behind. Then the orders, each
 # of them a line of Python that runs in a process beside the server and leaves its answer in `answer`.
-PROGRAM = r"""
-import json, os, sys
-from fusewire.linux import mount_base, syscalls, userns
-given = json.loads(sys.argv[1])
-userns.enter(userns.default_plan())
-syscalls.mount(b"tmpfs", given["place"].encode(), b"tmpfs", 0, b"mode=755")
-place = given["place"] + "/mnt"
-os.mkdir(place)
-fd = mount_base.open_device()
-mount_base.mount_by_string(fd, place.encode(), mount_base.Options(default_permissions=True))
-reader, writer = os.pipe()
-pid = os.fork()
-if pid == 0:
-    status = 1
-    try:
-        os.close(reader)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 9)
-        from fusewire.cli.options import parse
-        from fusewire.fs.remote import open_url, storage_options
-        from fusewire.serve import Server
-        options = parse(given["options"])
-        options = type("Options", (), {name: getattr(options, name) for name in dir(options) if name[0] != "_"})()
-        options.storage = given["storage"]
-        exec(given["prepare"])
-        filesystem = open_url(given["url"], options)
-        server = Server(filesystem, fd)
-        server.start()
-        if server.wait_ready(20):
-            os.write(writer, b"+")
-            server.wait()
-            status = 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-os.close(writer)
-os.close(fd)
-assert os.read(reader, 1) == b"+"
+MAKE = """
+from fusewire.fs.remote import open_url, storage_options
+options = parse(given["options"])
+options = type("Options", (), {name: getattr(options, name) for name in dir(options) if name[0] != "_"})()
+options.storage = given["storage"]
+exec(given["prepare"])
+filesystem = open_url(given["url"], options)
+"""
+PROGRAM = (
+    served.mounted(MAKE)
+    + r"""
 print(json.dumps(place), flush=True)
 
 def read_bytes(name):
@@ -82,6 +54,7 @@ os.chdir("/")
 syscalls.umount2(place.encode(), 0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
+)
 
 
 class Mount:

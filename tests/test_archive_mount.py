@@ -13,50 +13,21 @@ from typing import Any
 
 import pytest
 
+import served
 from archive_trees import make_tree, run
 from rootless import rootless_python
 
 # What the unprivileged process runs: a mount in namespaces of its own, a server, and a comparison with a directory.
-PROGRAM = r"""
-import hashlib, json, os, stat, subprocess, sys, threading
-from fusewire.linux import mount_base, syscalls, userns
-given = json.loads(sys.argv[1])
-userns.enter(userns.default_plan())
-place = given["place"]
-syscalls.mount(b"tmpfs", place.encode(), b"tmpfs", 0, b"mode=755")
-place += "/mnt"
-os.mkdir(place)
-fd = mount_base.open_device()
-mount_base.mount_by_string(fd, place.encode(), mount_base.Options(default_permissions=True, flags=syscalls.MS_RDONLY))
-reader, writer = os.pipe()
-pid = os.fork()
-if pid == 0:
-    status = 1
-    try:
-        os.close(reader)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 9)
-        from fusewire.cli.options import parse
-        from fusewire.fs.archive import open_archive
-        from fusewire.serve import Server
-        archive = os.open(given["archive"], os.O_RDONLY)
-        size = os.fstat(archive).st_size
-        filesystem = open_archive(archive, size, given["archive"], parse("squash_owner"), cache=given["cache"])
-        assert threading.active_count() == 1
-        server = Server(filesystem, fd)
-        server.start()
-        if server.wait_ready(20):
-            os.write(writer, b"+")
-            server.wait()
-            status = 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-os.close(writer)
-os.close(fd)
-assert os.read(reader, 1) == b"+"
+MAKE = """
+from fusewire.fs.archive import open_archive
+archive = os.open(given["archive"], os.O_RDONLY)
+size = os.fstat(archive).st_size
+filesystem = open_archive(archive, size, given["archive"], parse("squash_owner"), cache=given["cache"])
+assert threading.active_count() == 1
+"""
+PROGRAM = (
+    served.mounted(MAKE, flags="syscalls.MS_RDONLY")
+    + r"""
 problems = []
 try:
     from fusewire.testing import READ_ONLY
@@ -110,6 +81,7 @@ finally:
         problems.append("the server ended in an error")
 print(json.dumps(problems))
 """
+)
 
 KINDS = {
     "plain": ("", "tar"),

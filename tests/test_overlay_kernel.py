@@ -7,31 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import squashfs_images
 from fusewire.linux import overlay
-from rootless import NOBODY, TESTS, rootless_home, rootless_python
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
-    uid: int = request.param
-    if not uid and os.geteuid():
-        pytest.skip("mounting in the first namespace needs root")
-    base = tempfile.mkdtemp(prefix="fusewire-overlay-", dir=rootless_home(uid) if uid else "/tmp")
-    if os.geteuid() == 0:
-        os.chown(base, uid, uid)
-    os.chmod(base, 0o755)
-    try:
-        yield uid, base
-    finally:
-        subprocess.run(["chmod", "-R", "u+rwx", base], check=False)
-        shutil.rmtree(base)
+from rootless import NOBODY, TESTS, rootless_python
 
 
 def run(place: tuple[int, str], function: str, **arguments: object) -> None:

@@ -14,31 +14,13 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 
 import pytest
 
-from rootless import NOBODY, TESTS, rootless_home, rootless_python
+from rootless import NOBODY, TESTS, rootless_python
 
 STEPS = int(os.environ.get("FUSEWIRE_RANDOM_STEPS", "250"))
 SEEDS = [random.randrange(1 << 32)] if os.environ.get("FUSEWIRE_RANDOM_SEED") == "random" else [1, 2]
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, str]]:
-    uid: int = request.param
-    if not uid and os.geteuid():
-        pytest.skip("mounting in the first namespace needs root")
-    base = tempfile.mkdtemp(prefix="fusewire-overlay-", dir=rootless_home(uid) if uid else "/tmp")
-    if os.geteuid() == 0:
-        os.chown(base, uid, uid)
-    os.chmod(base, 0o755)
-    try:
-        yield uid, base
-    finally:
-        subprocess.run(["chmod", "-R", "u+rwx", base], check=False)
-        shutil.rmtree(base)
 
 
 @pytest.mark.parametrize("kind", ["directory", "names", "image"])

@@ -144,16 +144,25 @@ def _open_squashfs(fd: int, size: int, source: str, options: SourceOptions) -> O
     return squashfs_of(image, file, options)
 
 
-def squashfs_of(image: Image, file: ImageFile, options: SourceOptions) -> SquashFS:
-    """Serve a squashfs image that has been opened; `file` is what it reads from, closed at the end."""
+def squashfs_class(image: Image) -> type[SquashFS]:
+    """Give the class that serves an image: one without attributes is never asked for them."""
     from fusewire.fs.squashfs import SquashFS, SquashFSWithXattrs
+
+    return SquashFSWithXattrs if image.has_xattrs else SquashFS
+
+
+def squashfs_of(image: Image, file: ImageFile, options: SourceOptions, kind: type[SquashFS] | None = None) -> SquashFS:
+    """Serve a squashfs image that has been opened; `file` is what it reads from, closed at the end.
+
+    kind: a class made of `squashfs_class`, in its place.
+    """
+    from fusewire.fs.squashfs import SquashFSWithXattrs
     from fusewire.ops import FOREVER
 
     def seconds(value: float | None) -> float:
         return FOREVER if value is None else value
 
-    kind = SquashFSWithXattrs if image.has_xattrs else SquashFS
-    filesystem = kind(
+    filesystem = (kind or squashfs_class(image))(
         image,
         uid=os.getuid() if options.squash_owner and options.uid is None else options.uid,
         gid=os.getgid() if options.squash_owner and options.gid is None else options.gid,

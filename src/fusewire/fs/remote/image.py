@@ -109,7 +109,7 @@ def image_of(source: ImageUrl, file: RangedFile, options: SourceOptions) -> Oper
     """Serve an image that has been opened. `source` is closed when that is not possible."""
     from fusewire.formats.containers import find_image
     from fusewire.formats.squashfs import Image, NotSquashfsError
-    from fusewire.fs.sources import squashfs_of
+    from fusewire.fs.sources import squashfs_class, squashfs_of
 
     found = options.offset is not None
     try:
@@ -127,9 +127,11 @@ def image_of(source: ImageUrl, file: RangedFile, options: SourceOptions) -> Oper
         # Inodes, directories and tables, which are read in pieces of 8 KiB, are at the end of an image.
         superblock = image.superblock
         source.data.dense = (offset + superblock.inode_table, offset + superblock.bytes_used)
-        filesystem = squashfs_of(image, source, options)
-        filesystem.workers = _WORKERS  # they wait
-        return filesystem
+
+        class Remote(squashfs_class(image)):  # type: ignore[misc]
+            workers = _WORKERS  # they wait
+
+        return squashfs_of(image, source, options, Remote)
     except BaseException:
         source.close()
         raise
