@@ -15,7 +15,7 @@ import stat
 import time
 
 from fusewire.cli import private
-from fusewire.cli.run import MADE
+from fusewire.cli.mount_points import MADE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
