@@ -17,7 +17,7 @@ from fusewire.mounts_held import GRACE, first_look, hold, options_for
 from fusewire.serve import guarded
 from fusewire.session import Session
 from fusewire.trace import trace_to_stderr
-from fusewire.transport.devfuse import Channel
+from fusewire.transport.devfuse import ENDED, TRY_AGAIN, Channel
 from fusewire.wire import abi, codec
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from fusewire.ops import Operations
     from fusewire.session import Log
 
-# read(2) and write(2) of /dev/fuse, as transport.devfuse has them: go on, and the end of the connection.
-_TRY_AGAIN = frozenset({errno.ENOENT, errno.EINTR})
-_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 # So many requests are read before others on the loop get their turn.
 _TURN = 16
 
@@ -164,11 +161,11 @@ class _Pump:
             except BlockingIOError:
                 return None
             except OSError as error:
-                if error.errno in _TRY_AGAIN:
+                if error.errno in TRY_AGAIN:
                     continue
                 self._loop.remove_reader(self._fd)
                 if not self.ended.done():
-                    if error.errno in _ENDED:
+                    if error.errno in ENDED:
                         self.ended.set_result(None)
                     else:
                         self.ended.set_exception(error)
@@ -186,7 +183,7 @@ class _Pump:
             else:
                 os.writev(self._fd, reply)
         except OSError as error:
-            if error.errno in _TRY_AGAIN or error.errno in _ENDED:
+            if error.errno in TRY_AGAIN or error.errno in ENDED:
                 return  # nobody waits for it any more
             self._session.bad_replies += 1
             self._session.log_once("the kernel refused a reply", error)

@@ -212,6 +212,16 @@ class Session:
         for op in TABLE:
             self._bind(op)
 
+    def limit(self, max_readahead: int | None, max_background: int | None, congestion_threshold: int | None) -> None:
+        """Set what INIT is to say of them, where it is given; the threshold is else 3/4 of max_background."""
+        if max_readahead is not None:
+            self.max_readahead = max_readahead
+        if max_background is not None:
+            self.max_background = max_background
+            self.congestion_threshold = max_background * 3 // 4
+        if congestion_threshold is not None:
+            self.congestion_threshold = congestion_threshold
+
     # The table, bound to one filesystem
 
     def _prepare_async(self) -> None:

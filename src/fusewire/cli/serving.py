@@ -112,14 +112,7 @@ def make_server(
         owner=owner if options.allow_root else None,
         devices=devices,
     )
-    session = server.session
-    if options.max_readahead is not None:
-        session.max_readahead = options.max_readahead
-    if options.max_background is not None:
-        session.max_background = options.max_background
-        session.congestion_threshold = options.max_background * 3 // 4
-    if options.congestion_threshold is not None:
-        session.congestion_threshold = options.congestion_threshold
+    server.session.limit(options.max_readahead, options.max_background, options.congestion_threshold)
     return server
 
 

@@ -179,13 +179,7 @@ class Runner:
 
     def _tune(self) -> None:
         settings, session = self._settings, self._session
-        if settings.max_readahead is not None:
-            session.max_readahead = settings.max_readahead
-        if settings.max_background is not None:
-            session.max_background = settings.max_background
-            session.congestion_threshold = settings.max_background * 3 // 4
-        if settings.congestion_threshold is not None:
-            session.congestion_threshold = settings.congestion_threshold
+        session.limit(settings.max_readahead, settings.max_background, settings.congestion_threshold)
         if settings.kernel.allow_root:
             session.handle = guarded(session.handle, os.getuid(), os.getgid())  # type: ignore[method-assign, assignment]
         handle = session.handle

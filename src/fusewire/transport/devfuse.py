@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # read(2) on /dev/fuse, fuse_dev_do_read: ENOENT the request was interrupted before it could be read; EINTR and EAGAIN
 # as everywhere. ENODEV: unmounted. ECONNABORTED: aborted (ABORT_ERROR was agreed). EBADF: closed by us.
-_TRY_AGAIN = frozenset({errno.ENOENT, errno.EINTR, errno.EAGAIN})
-_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
+TRY_AGAIN = frozenset({errno.ENOENT, errno.EINTR, errno.EAGAIN})
+ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 # write(2), fuse_dev_do_write: ENOENT says that nobody waits for this reply any more.
 _NOBODY_WAITS = errno.ENOENT
 
@@ -101,7 +101,7 @@ class Channel:
                 try:
                     os.writev(fd, buffers)
                 except OSError as error:
-                    if error.errno == _NOBODY_WAITS or error.errno in _ENDED:
+                    if error.errno == _NOBODY_WAITS or error.errno in ENDED:
                         continue
                     self._refused(fd, unique, error)
                 return
@@ -142,9 +142,9 @@ class Channel:
                 try:
                     length = receive(buffer)
                 except OSError as error:
-                    if error.errno in _TRY_AGAIN:
+                    if error.errno in TRY_AGAIN:
                         continue
-                    if error.errno in _ENDED:
+                    if error.errno in ENDED:
                         return
                     raise
                 if length is None:  # EAGAIN: only a leader's descriptor does not block
@@ -181,7 +181,7 @@ class Channel:
                 except OSError as error:
                     if error.errno == _NOBODY_WAITS:
                         continue
-                    if error.errno in _ENDED:
+                    if error.errno in ENDED:
                         return
                     self._refused(fd, codec.IN_HEADER.unpack_from(view)[2], error)
         finally:
@@ -299,9 +299,9 @@ class Channel:
             try:
                 length = os.readv(fd, [buffer])
             except OSError as error:
-                if error.errno in _TRY_AGAIN:
+                if error.errno in TRY_AGAIN:
                     continue
-                if error.errno in _ENDED:
+                if error.errno in ENDED:
                     return False
                 raise
             request = memoryview(buffer)[:length]
@@ -323,7 +323,7 @@ class Channel:
         try:
             os.writev(fd, [codec.OUT_HEADER.pack(16, -errno.EIO, unique)])
         except OSError as again:
-            if again.errno != _NOBODY_WAITS and again.errno not in _ENDED:
+            if again.errno != _NOBODY_WAITS and again.errno not in ENDED:
                 raise
 
     def _write_file(self, fd: int, reply: FileReply, room: bytearray) -> None:
@@ -406,7 +406,7 @@ class Channel:
         try:
             fcntl.ioctl(self.fd, abi.FUSE_DEV_IOC_BACKING_CLOSE, codec.U32.pack(backing_id))
         except OSError as error:
-            if error.errno not in _ENDED and error.errno != errno.ENOENT:
+            if error.errno not in ENDED and error.errno != errno.ENOENT:
                 raise
 
     def close(self) -> None:

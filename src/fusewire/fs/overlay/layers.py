@@ -12,6 +12,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
+from fusewire.adapters import is_async
 from fusewire.fs.passthrough import MODES, Config, Passthrough
 from fusewire.fs.passthrough.base import Handle, device
 from fusewire.fs.passthrough.nodes import Fd, status_of
@@ -31,7 +32,6 @@ Found = tuple[int, "Attr"]  # node id and attributes
 INO, SIZE, MODE, NLINK, RDEV = 0, 1, 9, 10, 13  # places in Attr
 _LISTED_AT_ONCE = 1 << 16
 _READ_AT_ONCE = 1 << 20
-_COROUTINE = 0x80  # CO_COROUTINE of code objects
 _NEEDED = ("lookup", "getattr", "read", "readdir")
 _SMOOTHED = ("open", "opendir", "readlink", "getxattr", "listxattr", "forget", "lseek", "release", "releasedir")
 
@@ -117,8 +117,7 @@ class Lower:
         """Take it over. Raises TypeError if it does not answer at once (async handlers), or lacks what it takes."""
         kind = type(operations)
         for name in (*_NEEDED, *_SMOOTHED):
-            code = getattr(getattr(kind, name), "__code__", None)
-            if code is not None and code.co_flags & _COROUTINE:
+            if is_async(getattr(operations, name)):
                 raise TypeError(f"{kind.__name__}.{name} is async: an overlay's lower filesystem has to answer at once")
         offered = {name for name in (*_NEEDED, *_SMOOTHED) if getattr(kind, name) is not getattr(Operations, name)}
         for name in _NEEDED:
