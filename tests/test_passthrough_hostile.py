@@ -16,6 +16,7 @@ import resource
 import shutil
 import socket
 import stat
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1116,3 +1117,20 @@ def wait_for(condition: Callable[[], bool]) -> None:
     """Come back when it is true."""
     while not condition():
         os.sched_yield()
+
+
+def test_only_files_whose_close_has_nothing_to_tell_are_closed_without_flush(rig: Rig) -> None:
+    fill(rig.served)
+    how = {"reader": os.O_RDONLY, "writer": os.O_WRONLY, "both": os.O_RDWR}
+
+    def unflushed(**options: Any) -> set[str]:
+        kernel = rig.client(**options)
+        file = kernel.lookup(1, b"file").nodeid
+        return {name for name, flags in how.items() if kernel.open(file, flags)[1] & abi.FOPEN_NOFLUSH}
+
+    # What flush ends are the POSIX locks of a process.
+    assert unflushed() == set()
+    assert unflushed(posix_lock=False, writeback=True) == set()
+    kind = subprocess.run(["stat", "-f", "-c", "%t", rig.served], capture_output=True, text=True, check=True).stdout
+    silent = int(kind, 16) in (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)
+    assert unflushed(posix_lock=False) == (set(how) if silent else {"reader"})

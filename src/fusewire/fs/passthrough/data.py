@@ -22,16 +22,37 @@ from fusewire.wire import abi
 
 if TYPE_CHECKING:
     from fusewire.fs.passthrough.nodes import Node, Status
-    from fusewire.ops import Caller
+    from fusewire.ops import Caller, Connection
 
 _APPEND_ONCE = 0x10  # RWF_APPEND
 _LITTLE = 32 << 10  # bytes; a smaller write is over before another worker would be at work
+# Filesystems whose files have no flush operation: to close one has no error to tell, written to or not.
+_CLOSE_IN_SILENCE = frozenset(
+    {
+        files.EXT4_SUPER_MAGIC,
+        files.XFS_SUPER_MAGIC,
+        files.BTRFS_SUPER_MAGIC,
+        files.F2FS_SUPER_MAGIC,
+        files.TMPFS_MAGIC,
+    }
+)
 
 
 class Data(Locks, Backing, Names, Attributes):
     """The operations on open files."""
 
     gathers = True
+    _unflushed = 0  # FOPEN_NOFLUSH where FLUSH has nothing to do at the end of a file that was only read
+    _silent_place = b""  # where that holds for files that were written to as well
+
+    def init(self, connection: Connection) -> None:
+        super().init(connection)
+        # FLUSH ends POSIX locks, tells errors of close(2), and writes back what the client's kernel holds.
+        if not connection.flags & (abi.FUSE_POSIX_LOCKS | abi.FUSE_WRITEBACK_CACHE):
+            self._unflushed = abi.FOPEN_NOFLUSH
+            root = self.nodes.root
+            if files.filesystem_type(self.nodes.fd(root).number) in _CLOSE_IN_SILENCE:
+                self._silent_place = root.place
 
     def _flags(self, flags: int) -> int:
         """Give the flags to open the host's file with."""
@@ -59,6 +80,8 @@ class Data(Locks, Backing, Names, Attributes):
             if seen == node.seen:
                 open_flags |= abi.FOPEN_KEEP_CACHE
             node.seen = seen
+        if self._unflushed and (not flags & os.O_ACCMODE or node.place == self._silent_place):
+            open_flags |= self._unflushed
         backing = self._backing_of(node, fd, status[files.ST_MODE]) if status is not None else 0
         fh = self.handles.add(handle)
         if backing:
