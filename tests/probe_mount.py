@@ -18,8 +18,8 @@ import stat
 import sys
 import threading
 
+from fusewire.cli.messages import describe
 from fusewire.cli.options import parse
-from fusewire.cli.run import describe
 from fusewire.cli.server_process import Locks, ServerProcess
 from fusewire.linux import mount, process, syscalls  # noqa: F401
 from fusewire.ops import Caller, Operations, attr

@@ -7,17 +7,17 @@ import errno
 import pytest
 
 from fusewire.linux import capabilities as caps
-from fusewire.linux import sandbox, syscalls
+from fusewire.linux import sandbox, sandbox_plan, syscalls
 
 
-def plan(mode: str, effective: int = 0, euid: int = 1000, **named: object) -> sandbox.Plan:
+def plan(mode: str, effective: int = 0, euid: int = 1000, **named: object) -> sandbox_plan.Plan:
     named.setdefault("shared", b"/srv")
     named.setdefault("landlock_abi", 7)
     rights = syscalls.Capabilities(effective, effective, 0)
     return sandbox.plan(mode, euid=euid, egid=euid, capabilities=rights, **named)  # type: ignore[arg-type]
 
 
-def names(found: sandbox.Plan) -> list[str]:
+def names(found: sandbox_plan.Plan) -> list[str]:
     return [step.name for step in found.steps]
 
 
@@ -97,12 +97,12 @@ def test_landlock_is_used_where_it_costs_no_function() -> None:
     assert plan("none", landlock_abi=1, shared=None).landlock == 1
     assert plan("chroot", caps.ALL, handles=True).landlock == 0
     for named in ({"landlock_abi": 0}, {"landlock_abi": 1}, {"handles": True}):
-        with pytest.raises(sandbox.SandboxError, match="--landlock require"):
+        with pytest.raises(sandbox_plan.SandboxError, match="--landlock require"):
             plan("none", landlock="require", **named)
 
 
 def test_auto_goes_down_the_modes_until_one_works() -> None:
-    refusal = sandbox.SandboxError(errno.EPERM, "not here", "", "namespaces")
+    refusal = sandbox_plan.SandboxError(errno.EPERM, "not here", "", "namespaces")
 
     def attempt(works: str) -> object:
         return lambda found: None if found.mode == works else refusal
@@ -114,7 +114,7 @@ def test_auto_goes_down_the_modes_until_one_works() -> None:
     found = plan("auto", attempt=attempt("none"))
     assert [mode for mode, _ in found.refused] == ["namespace", "chroot"]
     assert "CAP_SYS_CHROOT" in found.refused[1][1]
-    with pytest.raises(sandbox.SandboxError, match="no sandbox can be had: namespace: not here; --uid-map and"):
+    with pytest.raises(sandbox_plan.SandboxError, match="no sandbox can be had: namespace: not here; --uid-map and"):
         plan("auto", attempt=attempt("none"), uid_map=[(0, 1000, 1)])
 
 

@@ -61,7 +61,7 @@ SERVER = """
 import json, os, signal, sys
 action, source, path, ending, *rest = sys.argv[1:]
 import socket
-from fusewire.cli import share, share_options
+from fusewire.cli import messages, share, share_options
 from fusewire.linux import seccomp_filter
 from fusewire.serve_share import ShareServer
 
@@ -81,8 +81,8 @@ listening = socket.socket(socket.AF_UNIX)
 listening.bind(path)
 listening.listen(1)
 listening.setblocking(False)
-messages = share.Messages("share", "info", syslog=False)
-server = ShareServer(make, listening, queues=2, tag=b"share", threads=2, log=messages)
+say = messages.Messages("share", "info", syslog=False)
+server = ShareServer(make, listening, queues=2, tag=b"share", threads=2, log=say)
 signal.signal(signal.SIGTERM, lambda number, frame: server.stop())
 seccomp_filter.import_all("fusewire.fs.sources")
 before = set(sys.modules)

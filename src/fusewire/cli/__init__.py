@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        from fusewire.cli.run import explain
+        from fusewire.cli.messages import explain
 
         print(f"fusewire: {explain(error)}", file=sys.stderr)
         return 125 if arguments.parser.wrong == 125 else 1

@@ -33,7 +33,7 @@ def start(
     of that. give_up(pid): end one
     that is not ready, because whoever waits has been told to end.
     """
-    from fusewire.cli.run import describe, explain
+    from fusewire.cli.messages import describe, explain
 
     told, tell = os.pipe()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, supervise.ENDING)

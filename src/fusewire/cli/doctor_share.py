@@ -18,7 +18,7 @@ from fusewire.cli.trials import DEADLINE, Outcome, attempt
 from fusewire.fs import sources
 from fusewire.linux import capabilities as caps
 from fusewire.linux import files, landlock, mountinfo, process, sandbox, sandbox_enter, seccomp_filter, syscalls, userns
-from fusewire.linux.sandbox import Plan, SandboxError
+from fusewire.linux.sandbox_plan import Plan, SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

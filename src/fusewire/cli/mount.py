@@ -13,7 +13,7 @@ import time
 
 from fusewire.cli import background, state
 from fusewire.cli.control import ControlServer
-from fusewire.cli.run import describe, explain
+from fusewire.cli.messages import describe, explain
 from fusewire.cli.supervise import EXIT_FAILED
 from fusewire.linux import process
 

@@ -12,11 +12,11 @@ import errno
 import os
 import stat
 
+from fusewire.cli.private import MADE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fusewire.linux.shadow import Shadow
-
-MADE = 0o1755  # the mode of such a directory, which tells at a glance what may be noted
 
 
 def announce(complain: int, directory: bytes) -> None:

@@ -15,7 +15,7 @@ import stat
 import time
 
 from fusewire.cli import private
-from fusewire.cli.mount_points import MADE
+from fusewire.cli.private import MADE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WAY_OUT = "set XDG_RUNTIME_DIR to a directory of yours (mode 700) that has room"
+MADE = 0o1755  # the mode of a directory made to be mounted on, which tells at a glance what may be noted
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 
-from fusewire.cli import mount_points, supervise
+from fusewire.cli import mount_points, private, supervise
+from fusewire.cli.messages import describe, explain
 from fusewire.linux import process
 
 TYPE_CHECKING = False
@@ -209,15 +210,6 @@ def parse_report(report: bytes) -> Refused | None:
     return None
 
 
-def describe(status: int) -> str:
-    """Say how a process ended, from its wait status."""
-    if os.WIFSIGNALED(status):
-        name = signal.Signals(os.WTERMSIG(status)).name
-        hint = ": a system call that its filter does not allow, --seccomp trap names it" if name == "SIGSYS" else ""
-        return f"killed by {name}{hint}"
-    return f"exit status {os.waitstatus_to_exitcode(status)}"
-
-
 def _mount_namespace(pid: int) -> str:
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt")
@@ -292,19 +284,6 @@ class Refused(Exception):  # noqa: N818 - an answer for the person, with the exi
     def __init__(self, text: str, code: int = supervise.EXIT_FAILED) -> None:
         super().__init__(text)
         self.code = code
-
-
-def explain(error: BaseException) -> str:
-    """Give an exception's message for a person."""
-    if not isinstance(error, OSError):
-        return f"{type(error).__name__}: {error}"
-    if type(error).__str__ is not OSError.__str__ or error.strerror is None:
-        return str(error)
-    if isinstance(error, BlockingIOError) and error.strerror == os.strerror(errno.EAGAIN):
-        return "no more processes can be started: the limit (`ulimit -u`) is reached"  # fork(2) says no more than that
-    name = "" if error.filename is None else f": {os.fsdecode(error.filename)}"
-    hint = "; /proc has to be mounted" if error.errno == errno.ENOENT and name.startswith(": /proc/self/") else ""
-    return f"{error.strerror}{name}{hint}"
 
 
 def _child(work: object, report_to: int) -> NoReturn:
@@ -446,7 +425,7 @@ def _command(job: Run, socket: int, supervisor: int, mask: set[signal.Signals], 
     process.set_pdeathsig(signal.SIGKILL, supervisor)
     namespace = os.fsencode(f"{os.readlink('/proc/self/ns/mnt')} {os.readlink('/proc/self')}")
     umask = process.allow_owner()
-    places = shadow.Shadow(lambda directory: mount_points.announce(complain, directory), mount_points.MADE)
+    places = shadow.Shadow(lambda directory: mount_points.announce(complain, directory), private.MADE)
     # Together, where they do not depend on each other: one cover for many targets in one directory.
     for spec in job.specs:
         if not is_nested(spec, job.specs):

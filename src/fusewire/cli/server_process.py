@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from fusewire.cli.options import MountOptions
     from fusewire.cli.source import Source
-    from fusewire.linux.sandbox import Plan, SandboxError
+    from fusewire.linux.sandbox_plan import Plan, SandboxError
     from fusewire.linux.sandbox_steps import Entered
     from fusewire.serve import Server
 
@@ -125,7 +125,7 @@ class ServerProcess:
         process must have one thread. Raises OSError that says what failed.
         """
         from fusewire.linux import sandbox_enter
-        from fusewire.linux.sandbox import SandboxError
+        from fusewire.linux.sandbox_plan import SandboxError
         from fusewire.linux.userns import in_first_namespace
 
         self.on_end: Callable[[], None] | None = None
@@ -185,7 +185,7 @@ class ServerProcess:
         pid: a process in the mount's user namespace, whose ids are spoken. Gives up nothing of `fds`.
         Raises OSError: it cannot be served, or the process has ended.
         """
-        from fusewire.cli.run import describe
+        from fusewire.cli.messages import describe
         from fusewire.linux.userns import maps_of
 
         if self._ended is None:
@@ -320,7 +320,7 @@ def _import_all() -> None:
     import resource  # noqa: F401
     import threading  # noqa: F401
 
-    import fusewire.cli.run
+    import fusewire.cli.messages
     import fusewire.cli.serving
     import fusewire.serve  # noqa: F401
 
@@ -384,7 +384,7 @@ class _Child:
         return 0
 
     def _add(self, packet: bytes, fds: list[int]) -> bytes:
-        from fusewire.cli.run import explain
+        from fusewire.cli.messages import explain
         from fusewire.cli.serving import make_server
 
         number, uids, gids, inside = packet.split(b"\0")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import sys
 
 from fusewire.cli import share_options, share_sandbox
+from fusewire.cli.messages import Messages
 from fusewire.cli.options import OptionError
-from fusewire.cli.share_options import LEVELS, SHARE, ShareOptions
+from fusewire.cli.share_options import SHARE, ShareOptions
 from fusewire.cli.source import Source
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ def main(arguments: list[str], program: str = SHARE) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        from fusewire.cli.run import explain
+        from fusewire.cli.messages import explain
 
         print(f"{name}: {explain(error)}", file=sys.stderr)
         return EXIT_FAILED
@@ -144,59 +144,6 @@ _ACTIONS: dict[str, Callable[[ShareOptions], str]] = {
     "qemu": _qemu,
     "dry-run": _dry_run,
 }
-
-
-# Messages
-
-
-class Messages:
-    """Where messages go: to standard error or to syslog, from a level on. Called by the server, from any thread."""
-
-    def __init__(self, name: str, level: str, *, syslog: bool) -> None:
-        """`level` is one of LEVELS."""
-        self.name = name
-        self.level = LEVELS.index(level)
-        self._syslog = syslog
-        self.files: list[int] = []  # descriptors that it needs
-        if syslog:
-            import syslog as system
-
-            before = set(os.listdir("/proc/self/fd"))
-            # Connected at once: later there may be no socket to be had.
-            system.openlog(name, system.LOG_PID | system.LOG_NDELAY, system.LOG_DAEMON)
-            new = [int(fd) for fd in set(os.listdir("/proc/self/fd")) - before]
-            self.files = [fd for fd in new if stat.S_ISSOCK(_mode(fd))]
-
-    def __call__(self, message: str, error: BaseException | None = None) -> None:
-        """Take what a session reports: a fault, with the exception that showed it if there is one."""
-        if error is not None and self.level >= LEVELS.index("error"):
-            import traceback
-
-            message = f"{message}\n{''.join(traceback.format_exception(error))}".rstrip()
-        self.say("error" if error is not None else "warn", message)
-
-    def say(self, level: str, message: str) -> None:
-        """Write a message, if its level is one of those that are wanted."""
-        if LEVELS.index(level) > self.level:
-            return
-        if not self._syslog:
-            try:
-                os.write(2, os.fsencode(f"{self.name}: {message}\n"))
-            except OSError:
-                pass  # whoever read them has gone: no reason to stop serving
-            return
-        import syslog as system
-
-        priorities = {"error": system.LOG_ERR, "warn": system.LOG_WARNING, "info": system.LOG_INFO}
-        for line in message.splitlines():
-            system.syslog(priorities.get(level, system.LOG_DEBUG), line)
-
-
-def _mode(fd: int) -> int:
-    try:
-        return os.fstat(fd).st_mode
-    except OSError:  # that of the listing itself
-        return 0
 
 
 # Serving

@@ -19,7 +19,6 @@ from fusewire.cli.share_table import (
     DIRECTORY_KEYS,
     GROUPS,
     IMAGE_KEYS,
-    LEVELS,
     SHARE,
     VIRTIOFSD,
     Row,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["LEVELS", "SHARE", "VIRTIOFSD", "OptionError", "ShareOptions", "describe", "parse", "usage"]
+__all__ = ["SHARE", "VIRTIOFSD", "OptionError", "ShareOptions", "describe", "parse", "usage"]
 
 
 class ShareOptions:

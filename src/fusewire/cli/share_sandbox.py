@@ -13,11 +13,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fusewire.cli.share import Messages
+    from fusewire.cli.messages import Messages
     from fusewire.cli.share_options import ShareOptions
     from fusewire.cli.source import Source
     from fusewire.linux.listening import Listening, PidFile
-    from fusewire.linux.sandbox import Plan
+    from fusewire.linux.sandbox_plan import Plan
     from fusewire.linux.sandbox_steps import Entered
 
 

@@ -6,6 +6,7 @@ Layer: cli. Plain data and the conversion of single values, no I/O. What options
 from __future__ import annotations
 
 from fusewire.cli import options
+from fusewire.cli.messages import LEVELS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 SHARE = "fusewire share"
 VIRTIOFSD = "fusewire-virtiofsd"
-LEVELS = ("off", "error", "warn", "info", "debug", "trace")
 DEFAULT_QUEUES = 4
 _MAX_TAG = 36  # struct virtio_fs_config, virtio specification 5.11.4
 _LAST_ID = 0xFFFFFFFF

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from fusewire.cli import control, state, supervise
-from fusewire.cli.run import explain
+from fusewire.cli.messages import explain
 from fusewire.cli.supervise import EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND
 from fusewire.linux import process
 

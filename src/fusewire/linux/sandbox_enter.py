@@ -18,7 +18,7 @@ import stat
 
 from fusewire.linux import capabilities as caps
 from fusewire.linux import process, syscalls, userns
-from fusewire.linux.sandbox import Plan, SandboxError
+from fusewire.linux.sandbox_plan import Plan, SandboxError
 from fusewire.linux.sandbox_steps import STEPS, Entered, State
 
 TYPE_CHECKING = False
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from typing import NoReturn
 
-    from fusewire.linux.sandbox import Step
+    from fusewire.linux.sandbox_plan import Step
     from fusewire.linux.sandbox_steps import Hook
 
 _ALTERNATIVES = {

@@ -12,14 +12,14 @@ import stat
 
 from fusewire.linux import caller, landlock, process, syscalls
 from fusewire.linux import capabilities as caps
-from fusewire.linux.sandbox import SandboxError
+from fusewire.linux.sandbox_plan import SandboxError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from fusewire.linux import userns
-    from fusewire.linux.sandbox import Plan
+    from fusewire.linux.sandbox_plan import Plan
 
     Hook = Callable[[], object]
 
