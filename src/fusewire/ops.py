@@ -155,34 +155,22 @@ class Pages:
     """Data in many places of mapped memory: what preadv(2) and pwritev(2) take, without an object for each piece.
 
     `iovec` is an array of `count` struct iovec with the addresses in this process, `nbytes` their length in all. The
-    addresses hold as long as this object lives.
+    addresses hold as long as this object lives; where a hostile guest has chosen one that is no memory, the call moves
+    what lies before it, or is EFAULT.
     """
 
-    __slots__ = ("_addresses", "_base", "_lengths", "_view", "count", "iovec", "nbytes")
+    __slots__ = ("_views", "count", "iovec", "nbytes")
 
-    def __init__(
-        self, iovec: bytes, view: memoryview, base: int, addresses: Sequence[int], lengths: Sequence[int]
-    ) -> None:
-        """Take the array, the mapping that all pieces are in, and their places: `view` begins at address `base`.
-
-        Whoever makes it has checked that every piece lies within `view`.
-        """
+    def __init__(self, iovec: bytes, count: int, nbytes: int, views: Callable[[], list[memoryview]]) -> None:
+        """Take the array, and what gives the pieces: it has to keep the memory that they are in."""
         self.iovec = iovec
-        self.count = len(lengths)
-        self.nbytes = sum(lengths)
-        self._view = view
-        self._base = base
-        self._addresses = addresses
-        self._lengths = lengths
+        self.count = count
+        self.nbytes = nbytes
+        self._views = views
 
     def views(self) -> list[memoryview]:
-        """Give the pieces one by one, empty ones left out."""
-        view, base = self._view, self._base
-        return [
-            view[address - base : address - base + length]
-            for address, length in zip(self._addresses, self._lengths, strict=True)
-            if length
-        ]
+        """Give the pieces one by one; those that are empty, or no memory, are left out."""
+        return self._views()
 
 
 Gathered = list[memoryview] | Pages

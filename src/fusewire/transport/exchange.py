@@ -266,7 +266,7 @@ class Exchange:
         else:
             request, reply = self._serve_large(chain, total)
         if type(reply) is list:
-            if chain.pages is not None:
+            if chain.pages is not None and not chain.pages_in:
                 _spread(chain)
             if len(reply) == 1 and len(writable) == 2 and len(writable[0]) == _OUT_SIZE:
                 # How Linux lays out nearly every request: a header and one piece behind it.

@@ -30,13 +30,23 @@ class Region(NamedTuple):
     address: int = 0
 
 
+class Window(Protocol):
+    """Where guest-physical address `a` is at `base + a`, and what is not memory is nothing: linux/window.py."""
+
+    base: int
+
+
 class GuestMemory:
     """All of a guest's memory. Never changed once made: new memory is a new object."""
 
-    __slots__ = ("_by_user", "_starts", "_user_starts", "regions")
+    __slots__ = ("_by_user", "_starts", "_user_starts", "regions", "window")
 
-    def __init__(self, regions: Iterable[Region]) -> None:
-        """Take regions in any order. Raises ValueError for sizes of zero, wrap-around, and overlap."""
+    def __init__(self, regions: Iterable[Region], window: Window | None = None) -> None:
+        """Take regions in any order, and a window of all of them if there is one.
+
+        Raises ValueError for sizes of zero, wrap-around, and overlap.
+        """
+        self.window = window
         self.regions = tuple(sorted(regions, key=lambda region: region.guest_addr))
         for region in self.regions:
             where = f"the memory region at {region.guest_addr:#x}"

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 from fusewire.transport.chain import Chain
 from fusewire.transport.guest_memory import BadAddress, GuestMemory, Log, Region
 from fusewire.transport.inflight import Inflight, InflightError
-from fusewire.transport.pages import FEWEST, LONGEST, Masks, gather, in_order
+from fusewire.transport.pages import FEWEST, LONGEST, gather, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ class Queue:
     __slots__ = (
         "_acquire", "_addresses", "_again", "_avail", "_base", "_called", "_desc", "_elements", "_event_idx",
         "_event_wanted", "_event_word", "_heads", "_indirect", "_inflight", "_limit", "_log", "_marks", "_mask",
-        "_masks", "_memory", "_offset", "_published", "_quiet", "_release", "_seen", "_shapes", "_tables", "_tracked",
+        "_memory", "_offset", "_published", "_quiet", "_release", "_seen", "_shapes", "_tables", "_tracked",
         "_used", "_used_log", "_view", "_weak", "_words", "last_avail", "size",
     )
     # fmt: on
@@ -114,7 +114,6 @@ class Queue:
         self._tables: dict[int, Callable[..., tuple[int, ...]]] = _SHORT_TABLES if indirect and log is None else {}
         # Links of a short table in the usual order -> how many of its entries are readable.
         self._shapes: dict[tuple[int, ...], int] = {}
-        self._masks = Masks()
         self._log = log
         self._used_log: int | None = None
         # While there is a log: head -> how often it is in flight, and where its chain may be written to.
@@ -390,10 +389,11 @@ class Queue:
                     if rest or not 0 < count <= MOST_ENTRIES:
                         raise _BadChain(f"an indirect table of {length} bytes")
                     # The only copy: the driver may go on writing to the table.
-                    table = memoryview(b"".join(self._memory.slices(address, length)))
+                    copy = b"".join(self._memory.slices(address, length))
                     straight = _SHORT < count <= LONGEST and not total and not writing and log is None
-                    if straight and self._join(table, readable, writable, pages):
+                    if straight and self._join(copy, readable, writable, pages):
                         return
+                    table = memoryview(copy)
                     left, inner = count, True
                     address, length, flags, following = _DESC(table, 0)
                     continue
@@ -440,14 +440,14 @@ class Queue:
 
     def _join(
         self,
-        table: memoryview,
+        table: bytes,
         readable: list[memoryview],
         writable: list[memoryview],
         pages: list[tuple[Pages, bool]],
     ) -> bool:
         """Take a long indirect table whose entries are in order: that of a READ or WRITE of many pages.
 
-        The pages become one array for preadv(2), where they are in one region. Otherwise those that lie behind one
+        The pages become one array for preadv(2), where memory has a window. Otherwise those that lie behind one
         another are joined: a third of the general way's time. False, and nothing taken, for a table of any other
         order; then `_follow` finds out what is wrong with it, if anything is. Raises BadAddress.
         """
@@ -461,7 +461,7 @@ class Queue:
             # Behind the header and arguments that a request begins with, and the header of an answer.
             first = _DESC_SIZE * (2 if out is readable else 1)
             if len(part) >= _DESC_SIZE * FEWEST and not pages:
-                rest = gather(part[first:], memory, self._masks)
+                rest = gather(part[first:], memory)
                 if rest is not None:
                     pages.append((rest, out is readable))
                     part = part[:first]

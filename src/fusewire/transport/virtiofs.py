@@ -23,6 +23,7 @@ from _thread import allocate_lock, get_ident
 from typing import TYPE_CHECKING
 
 from fusewire.linux.atomics import DirtyLog
+from fusewire.linux.window import Window
 from fusewire.session import Agreed
 from fusewire.transport.exchange import DEFERRED, Exchange
 from fusewire.transport.guest_memory import BadAddress, GuestMemory, Region
@@ -462,10 +463,20 @@ class Share:
         return
 
     def set_memory(self, regions: list[Region]) -> None:
-        self.memory = memory = GuestMemory(regions)
+        self.memory = memory = GuestMemory(regions, self._window(regions))
         for runner in self._runners:
             if runner.vring is not None:
                 runner.again(lambda ring=runner.ring: ring.remap(memory))  # type: ignore[misc]
+
+    def _window(self, regions: list[Region]) -> Window | None:
+        """Make a window of all memory; where that cannot be had, long requests take longer."""
+        if not regions:
+            return None
+        try:
+            return Window((region.guest_addr, region.address, region.size) for region in regions)
+        except OSError as error:
+            self.exchange.say(f"requests of many pages take longer: no window of the guest's memory ({error})")
+            return None
 
     # Backend: queues
 
