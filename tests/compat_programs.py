@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -83,14 +84,27 @@ class Program:
     def line(self) -> str:
         """Wait for a line that it prints."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        with self._patience():
+            line = self._process.stdout.readline()
         assert line, f"it ended with status {self._process.wait(PATIENCE)}: {self._read_errors()}"
         return line.rstrip("\n")
 
     def lines(self) -> list[str]:
         """Give all that it prints from now on, until its end or until it has left for the background."""
         assert self._process.stdout is not None
-        return self._process.stdout.read().splitlines()
+        with self._patience():
+            return self._process.stdout.read().splitlines()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """End the program if it says nothing for too long."""
+        timer = threading.Timer(PATIENCE, self._process.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
     def say(self, line: str) -> None:
         """Give it a line to read."""

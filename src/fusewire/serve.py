@@ -62,7 +62,7 @@ class Server:
         self.started = time.monotonic()
         self.failure: BaseException | None = None
         self._trace: Callable[[Any, Any], None] | None = trace_to_stderr if debug else None
-        self._workers: list[threading.Thread] = []
+        self.workers: list[threading.Thread] = []
         self._left = 0
         self._lock = threading.Lock()
         self._ready = threading.Event()
@@ -75,7 +75,7 @@ class Server:
 
         Raises OSError(EAGAIN) if it does not allow a single one.
         """
-        self._add_worker()
+        self.add_worker()
 
     def begin(self) -> None:
         """Start serving, and wait until INIT has been answered. Raises OSError if the connection has ended before."""
@@ -84,16 +84,17 @@ class Server:
             self.wait()
             raise OSError(errno.EIO, self.session.refused or "the mount ended before it was ready")
 
-    def _add_worker(self) -> None:
-        worker = threading.Thread(target=self._work, name=f"fuse-{len(self._workers)}", daemon=True)
+    def add_worker(self) -> None:
+        """Start one more thread that serves, kept in `workers`. Raises OSError(EAGAIN) if the system allows none."""
+        worker = threading.Thread(target=self._work, name=f"fuse-{len(self.workers)}", daemon=True)
         with self._lock:
-            self._workers.append(worker)
+            self.workers.append(worker)
             self._left += 1
         try:
             worker.start()
         except RuntimeError as error:
             with self._lock:
-                self._workers.remove(worker)
+                self.workers.remove(worker)
                 self._left -= 1
             raise OSError(
                 errno.EAGAIN, f"{error}: the limit of processes (`ulimit -u`) or of memory (`ulimit -v`) is reached"
@@ -102,7 +103,7 @@ class Server:
     def _add_workers(self) -> None:
         try:
             for _ in range(self.threads - 1):
-                self._add_worker()
+                self.add_worker()
         except OSError as error:
             self.session.log_once(f"fewer workers than asked for: {error.strerror}")
         self._ready.set()

@@ -31,12 +31,13 @@ def _refusal(path: str) -> str | None:
     """Say why a file cannot be run here, if so: only Python sees what was put in the place of fuse."""
     try:
         with open(path, "rb") as file:
-            line = file.readline(256)
+            line, second = file.readline(256), file.readline(256)
     except IsADirectoryError:
         return None  # with a __main__.py in it
     except OSError as error:
         return f"{path}: {error.strerror}; name a Python file, a command on PATH, or -m MODULE"
-    if line.startswith(b"\x7fELF") or (line.startswith(b"#!") and b"python" not in line and not path.endswith(".py")):
+    python = b"python" in line or b"pypy" in line or second.startswith(b"'''exec' ")  # pip's, of a long path
+    if line.startswith(b"\x7fELF") or (line.startswith(b"#!") and not python and not path.endswith(".py")):
         return f"{path} is no Python program; run the Python file or module (-m) that it starts"
     return None
 
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> int:
         return 2
     install()
     sys.argv = [path, *arguments[1:]]
-    sys.path[0] = os.path.dirname(os.path.realpath(path))  # where `python -m` has put the working directory
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.realpath(path))  # where `python -m` has put the working directory
     runpy.run_path(path, run_name="__main__")
     return 0
 

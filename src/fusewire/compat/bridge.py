@@ -68,7 +68,7 @@ class Bridge(Files):
 
     @answered
     def lookup(self, caller: Caller, parent: int, name: bytes) -> Entry | None:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         try:
             return self._entry(directory, name, self._paths.child(directory, name))
         except OSError as error:
@@ -83,44 +83,49 @@ class Bridge(Files):
 
     @answered
     def symlink(self, caller: Caller, parent: int, name: bytes, target: bytes) -> Entry:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         path = self._paths.child(directory, name)
         done(self._call("symlink", path, self._decoded(target)))
         return self._entry(directory, name, path)
 
     @answered
     def mknod(self, caller: Caller, parent: int, name: bytes, mode: int, rdev: int, umask: int) -> Entry:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         path = self._paths.child(directory, name)
         if stat.S_ISREG(mode) and self._calls.has("create"):  # as libfuse: who can create needs no mknod for files
-            info = fuse_file_info(flags=os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            fh = self._create(path, mode, info)
-            entry = self._entry(directory, name, path)
-            if self._calls.has("release"):
-                self._call("release", path, fh)
-            return entry
+            try:
+                fh = self._create(path, mode, fuse_file_info(flags=os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except OSError as error:
+                if to_errno(error) != errno.ENOSYS:
+                    raise
+            else:
+                try:
+                    return self._entry(directory, name, path)
+                finally:
+                    if self._calls.has("release"):
+                        self._call("release", path, fh)
         self._need("mknod")
         done(self._call("mknod", path, mode, rdev))
         return self._entry(directory, name, path)
 
     @answered
     def mkdir(self, caller: Caller, parent: int, name: bytes, mode: int, umask: int) -> Entry:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         path = self._paths.child(directory, name)
         done(self._call("mkdir", path, mode))
         return self._entry(directory, name, path)
 
     @answered
     def unlink(self, caller: Caller, parent: int, name: bytes) -> None:
-        directory = self._paths.get(parent)
-        if self._hide(directory, name):
-            return
-        done(self._call("unlink", self._paths.child(directory, name)))
-        self._paths.remove(directory, name)
+        directory = self._node(parent)
+        with self._paths.moving(self._paths.find(directory, name)):
+            if not self._hide(directory, name):
+                done(self._call("unlink", self._paths.child(directory, name)))
+                self._paths.remove(directory, name)
 
     @answered
     def rmdir(self, caller: Caller, parent: int, name: bytes) -> None:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         done(self._call("rmdir", self._paths.child(directory, name)))
         self._paths.remove(directory, name)
 
@@ -128,18 +133,21 @@ class Bridge(Files):
     def rename(self, caller: Caller, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> None:
         if flags:
             raise OSError(errno.EINVAL, "rename(old, new) knows no flags")  # callers fall back to none
-        old, new = self._paths.get(parent), self._paths.get(newparent)
-        moved = self._paths.find(old, name)
-        replaced = self._paths.find(new, newname)
-        if replaced is not moved:
-            self._hide(new, newname)
-        done(self._call("rename", self._paths.child(old, name), self._paths.child(new, newname)))
-        self._paths.move(old, name, new, newname)
+        paths = self._paths
+        old, new = paths.get(parent), paths.get(newparent)
+        paths.use(old, new)
+        moved, replaced = paths.find(old, name), paths.find(new, newname)
+        with paths.moving(moved, replaced):
+            if replaced is not moved:
+                self._hide(new, newname)
+            done(self._call("rename", paths.child(old, name), paths.child(new, newname)))
+            paths.move(old, name, new, newname)
 
     def _hide(self, directory: Node, name: bytes) -> bool:
         """Rename a file that is open out of the way, as libfuse does, since a path is all that a program has of it.
 
-        It is removed with its last handle. False if it is not open, or the program cannot rename.
+        It is removed with its last handle. False if it is not open, or the program cannot rename. Nobody else may use
+        the file meanwhile (`PathTable.moving`).
         """
         node = self._paths.find(directory, name)
         if node is None or not node.opens or self._settings.hard_remove or not self._calls.own("rename"):
@@ -162,13 +170,14 @@ class Bridge(Files):
     @answered
     def link(self, caller: Caller, nodeid: int, newparent: int, newname: bytes) -> Entry:
         directory = self._paths.get(newparent)
+        self._paths.use(directory, self._paths.get(nodeid))
         path = self._paths.child(directory, newname)
         done(self._call("link", path, self._paths.path(nodeid)))
         return self._entry(directory, newname, path)
 
     @answered
     def readlink(self, nodeid: int) -> bytes:
-        return self._encoded(self._call("readlink", self._paths.path(nodeid)))
+        return self._encoded(self._call("readlink", self._path(nodeid)))
 
     # Attributes
 
@@ -177,7 +186,7 @@ class Bridge(Files):
         if flags & abi.FUSE_GETATTR_FH:
             attrs = self._call("getattr", self._open_path(nodeid), self._fh(fh))
         else:
-            attrs = self._call("getattr", self._paths.path(nodeid), None)
+            attrs = self._call("getattr", self._path(nodeid), None)
         attr = self._attr(nodeid, attrs)
         if attr[10] and self._paths.get(nodeid).hidden:  # its one name is ours
             attr = (*attr[:10], attr[10] - 1, *attr[11:])
@@ -192,7 +201,7 @@ class Bridge(Files):
             fh = self._fh(change.fh)
             path = self._open_path(nodeid)
         else:
-            path = self._paths.path(nodeid)
+            path = self._path(nodeid)
         if valid & abi.FATTR_MODE:
             self._need("chmod")
             done(self._call("chmod", path, change.mode))
@@ -203,7 +212,11 @@ class Bridge(Files):
             done(self._call("chown", path, uid, gid))
         if valid & abi.FATTR_SIZE:
             self._need("truncate")
-            done(self._call("truncate", path, change.size, *(() if fh is None else (fh,))))
+            done(
+                self._call(
+                    "truncate", path, change.size, *(() if fh is None or not self._calls.truncate_handle else (fh,))
+                )
+            )
         if valid & (abi.FATTR_ATIME | abi.FATTR_MTIME):
             self._need("utimens")
             done(self._call("utimens", path, self._times(path, fh, change)))
@@ -228,33 +241,33 @@ class Bridge(Files):
 
     @answered
     def access(self, caller: Caller, nodeid: int, mask: int) -> None:
-        done(self._call("access", self._paths.path(nodeid), mask))
+        done(self._call("access", self._path(nodeid), mask))
 
     @answered
     def setxattr(self, caller: Caller, nodeid: int, name: bytes, value: bytes, flags: int, setxattr_flags: int) -> None:
-        done(self._call("setxattr", self._paths.path(nodeid), self._decoded(name), bytes(value), flags))
+        done(self._call("setxattr", self._path(nodeid), self._decoded(name), bytes(value), flags))
 
     @answered
     def getxattr(self, caller: Caller, nodeid: int, name: bytes) -> bytes:
-        result = self._call("getxattr", self._paths.path(nodeid), self._decoded(name))
+        result = self._call("getxattr", self._path(nodeid), self._decoded(name))
         done(result)
         # fusepy's own example answers '' for none, which it lets pass.
         return self._encoded(result) if isinstance(result, str) else bytes(memoryview(result))
 
     @answered
     def listxattr(self, caller: Caller, nodeid: int) -> bytes:
-        names = self._call("listxattr", self._paths.path(nodeid)) or ()
+        names = self._call("listxattr", self._path(nodeid)) or ()
         return b"".join(self._encoded(name) + b"\0" for name in names)
 
     @answered
     def removexattr(self, caller: Caller, nodeid: int, name: bytes) -> None:
-        done(self._call("removexattr", self._paths.path(nodeid), self._decoded(name)))
+        done(self._call("removexattr", self._path(nodeid), self._decoded(name)))
 
     # The whole
 
     @answered
     def statfs(self, nodeid: int) -> Statfs:
-        get = self._call("statfs", self._paths.path(nodeid)).get
+        get = self._call("statfs", self._path(nodeid)).get
         frsize = int(get("f_frsize", 0) or get("f_bsize", 0) or 512)
         return Statfs(
             int(get("f_blocks", 0)),

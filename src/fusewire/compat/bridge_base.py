@@ -30,9 +30,14 @@ U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
 class Calls(Protocol):
-    """How an interface calls a program's methods; which it would call (`has`), which are the program's own (`own`)."""
+    """How an interface calls a program's methods; which it would call (`has`), which are the program's own (`own`).
+
+    create_flags, truncate_handle: they are given what they are named after. lock_pointer: `lock` is, not an address.
+    """
 
     create_flags: bool
+    truncate_handle: bool
+    lock_pointer: bool
     call: Callable[..., Any]
 
     def has(self, name: str) -> bool: ...
@@ -59,6 +64,8 @@ def answered(method: Any) -> Any:
             return method(self, *arguments)
         except BaseException as error:  # noqa: BLE001 - the program's exceptions end here, each with an answer
             raise self.refusal(name, error) from None
+        finally:
+            self._paths.unuse()
 
     answer.__name__ = name
     return answer
@@ -83,12 +90,8 @@ class Base(Operations):
         errors: str,
         use_ns: bool,
         nullpath: bool,
-        owner: tuple[int, int] | None,
     ) -> None:
-        """Serve what `calls` reaches. owner: the only uid and gid that the mount's user namespace knows, if that is so.
-
-        nullpath: a file without a name any more is named None.
-        """
+        """Serve what `calls` reaches. nullpath: a file without a name any more is named None."""
         self._calls = calls
         self._call = calls.call
         self._settings = settings
@@ -97,7 +100,7 @@ class Base(Operations):
         self._errors = errors
         self._use_ns = use_ns
         self._nullpath = nullpath
-        self._owner = owner
+        self.owner: tuple[int, int] | None = None  # the only ids that the mount's user namespace knows, if that is so
         self._paths = PathTable(encoding, errors)
         self._handles: HandleTable[fuse_file_info] = HandleTable()
         self._listings: HandleTable[Listing] = HandleTable()
@@ -149,6 +152,8 @@ class Base(Operations):
                 self._call("destroy", "/")
             except Exception:  # nobody is left to be told
                 log.error("destroy failed", exc_info=True)
+            except BaseException as error:  # noqa: BLE001 - SystemExit and its like: `FUSE()` raises it
+                self.critical = self.critical or error
 
     # What everything below is made of
 
@@ -173,9 +178,19 @@ class Base(Operations):
             info.lock_owner = owner
         return info
 
+    def _node(self, nodeid: int) -> Node:
+        """Give the node that a request is about, whose path stays true until the answer."""
+        node = self._paths.get(nodeid)
+        self._paths.use(node)
+        return node
+
+    def _path(self, nodeid: int) -> str:
+        self._node(nodeid)
+        return self._paths.path(nodeid)
+
     def _open_path(self, nodeid: int) -> str | None:
         """Give the path for a method that has a handle; the last one it had, if that is gone."""
-        node = self._paths.get(nodeid)
+        node = self._node(nodeid)
         return None if self._nullpath and node.parent is None else node.path
 
     def _attr(self, nodeid: int, attrs: Any) -> Attr:
@@ -184,8 +199,8 @@ class Base(Operations):
         settings, use_ns = self._settings, self._use_ns
         mode, size, blocks = int(get("st_mode", 0)), int(get("st_size", 0)), get("st_blocks")
         uid, gid = get("st_uid", 0), get("st_gid", 0)
-        if self._owner is not None:
-            uid, gid = self._owner  # of any other, the kernel would refuse to change the file (HAS_UNMAPPED_ID)
+        if self.owner is not None:
+            uid, gid = self.owner  # of any other, the kernel would refuse to change the file (HAS_UNMAPPED_ID)
         if settings.uid is not None:
             uid = settings.uid
         if settings.gid is not None:
@@ -217,6 +232,6 @@ class Base(Operations):
     def _entry(self, parent: Node, name: bytes, path: str, fh: Any = None) -> Entry:
         attrs = self._call("getattr", path, fh)
         self._attr(0, attrs)  # what is no attributes counts no lookup
-        node = self._paths.enter(parent, name, path)
+        node = self._paths.enter(parent, name)
         settings = self._settings
         return Entry(node.id, self._attr(node.id, attrs), settings.entry_timeout, settings.attr_timeout)

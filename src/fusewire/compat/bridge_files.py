@@ -11,8 +11,9 @@ import stat
 from typing import Any
 
 from fusewire.compat.bridge_base import U64, Base, Listing, answered, done, log
+from fusewire.compat.context import CONTEXT
 from fusewire.compat.paths import Node
-from fusewire.compat.structures import flock, fuse_file_info
+from fusewire.compat.structures import c_flock_t, fuse_file_info
 from fusewire.ops import Caller, Entry, Lock, Pending
 from fusewire.wire import abi
 from fusewire.wire.codec import DirBuffer
@@ -39,9 +40,13 @@ class Files(Base):
         else:
             number = fh
         if settings.auto_cache and not keep:
-            attrs = self._call("getattr", path, fh)
-            stamp = attrs.get("st_mtime"), attrs.get("st_size")
-            keep, node.stamp = node.stamp == stamp, stamp
+            try:
+                attrs = self._call("getattr", path, fh)
+            except OSError:
+                node.stamp = None  # read anew: the file is open all the same
+            else:
+                stamp = attrs.get("st_mtime"), attrs.get("st_size")
+                keep, node.stamp = node.stamp == stamp, stamp
         flags = abi.FOPEN_KEEP_CACHE if keep else 0
         flags |= abi.FOPEN_DIRECT_IO if direct else 0
         flags |= abi.FOPEN_NONSEEKABLE if nonseekable else 0
@@ -51,7 +56,7 @@ class Files(Base):
     @answered
     def open(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, ...]:
         node = self._paths.get(nodeid)
-        path = self._paths.path(nodeid)
+        path = self._path(nodeid)
         fh: Any = 0
         if self._raw_fi:
             fh = fuse_file_info(flags=flags)
@@ -72,7 +77,7 @@ class Files(Base):
     def create(
         self, caller: Caller, parent: int, name: bytes, flags: int, mode: int, umask: int, open_flags: int
     ) -> tuple[Entry, tuple[int, ...]]:
-        directory = self._paths.get(parent)
+        directory = self._node(parent)
         path = self._paths.child(directory, name)
         fh = self._create(path, mode, fuse_file_info(flags=flags))
         made = False
@@ -86,18 +91,15 @@ class Files(Base):
                 self._call("release", path, fh)
 
     @answered
-    def read(
-        self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int
-    ) -> bytes | memoryview:
+    def read(self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int) -> bytes:
         result = self._call("read", self._open_path(nodeid), size, offset, self._fh(fh, flags))
         if not result:
-            done(result)
             return b""
         done(result)
-        view = memoryview(result)
-        if view.nbytes > size:
-            raise ValueError(f"read gave {view.nbytes} bytes where {size} were asked for")
-        return result if type(result) is bytes else view.cast("B")
+        data = result if type(result) is bytes else bytes(memoryview(result))  # the program may go on using its buffer
+        if len(data) > size:
+            raise ValueError(f"read gave {len(data)} bytes where {size} were asked for")
+        return data
 
     @answered
     def write(self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int) -> int:
@@ -117,8 +119,8 @@ class Files(Base):
 
     @answered
     def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
-        node = self._paths.get(nodeid)
         path, handle = self._open_path(nodeid), self._fh(fh, flags, lock_owner)
+        node = self._paths.get(nodeid)
         if self._raw_fi:
             self._handles.remove(fh)
         try:
@@ -157,7 +159,7 @@ class Files(Base):
 
     @answered
     def opendir(self, caller: Caller, nodeid: int, flags: int, open_flags: int) -> tuple[int, int]:
-        fh = self._call("opendir", self._paths.path(nodeid)) if self._calls.has("opendir") else 0
+        fh = self._call("opendir", self._path(nodeid)) if self._calls.has("opendir") else 0
         return self._listings.add(Listing(int(fh or 0))), 0
 
     @answered
@@ -229,12 +231,14 @@ class Files(Base):
 
     # Locks
 
-    def _lock(self, path: str | None, handle: Any, command: int, lock: Lock) -> flock:
+    def _lock(self, path: str | None, handle: Any, command: int, lock: Lock) -> c_flock_t:
         import ctypes
 
         length = 0 if lock.end >= LAST_BYTE else lock.end - lock.start + 1
-        wanted = flock(lock.type, os.SEEK_SET, lock.start, length, lock.pid)
-        done(self._call("lock", path, handle, command, ctypes.addressof(wanted)))
+        wanted = c_flock_t(lock.type, os.SEEK_SET, lock.start, length, lock.pid)
+        # fusepy's prototype has void *, of which a method sees the address; mfusepy's has struct flock *.
+        address = ctypes.pointer(wanted) if self._calls.lock_pointer else ctypes.addressof(wanted)
+        done(self._call("lock", path, handle, command, address))
         return wanted
 
     @answered
@@ -245,26 +249,20 @@ class Files(Base):
 
     @answered
     def setlk(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> None:
-        self._set_lock(nodeid, fh, owner, lock, lk_flags, wait=False)
-
-    def _set_lock(self, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int, *, wait: bool) -> None:
-        path, handle = self._open_path(nodeid), self._fh(fh, owner=owner)
-        if not lk_flags & abi.FUSE_LK_FLOCK:
-            self._lock(path, handle, fcntl.F_SETLKW if wait else fcntl.F_SETLK, lock)
-            return
-        operation = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX}.get(lock.type, fcntl.LOCK_UN)
-        done(self._call("flock", path, handle, operation | (0 if wait else fcntl.LOCK_NB)))
+        self._set_lock(self._open_path(nodeid), self._fh(fh, owner=owner), lock, lk_flags, wait=False)
 
     @answered
     def setlkw(self, caller: Caller, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> Pending:
         from threading import Thread
 
         pending = Pending()
-        set_lock = answered(_setlkw)
+        path, handle = self._open_path(nodeid), self._fh(fh, owner=owner)
+        context = CONTEXT.copy()
 
         def wait() -> None:
+            CONTEXT.resume(context)
             try:
-                pending.complete(set_lock(self, nodeid, fh, owner, lock, lk_flags))
+                pending.complete(_wait_for_lock(self, path, handle, lock, lk_flags))
             except OSError as error:
                 pending.fail(error)
 
@@ -272,6 +270,14 @@ class Files(Base):
         Thread(target=wait, name="fuse-lock", daemon=True).start()
         return pending
 
+    def _set_lock(self, path: str | None, handle: Any, lock: Lock, lk_flags: int, *, wait: bool) -> None:
+        if not lk_flags & abi.FUSE_LK_FLOCK:
+            self._lock(path, handle, fcntl.F_SETLKW if wait else fcntl.F_SETLK, lock)
+            return
+        operation = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX}.get(lock.type, fcntl.LOCK_UN)
+        done(self._call("flock", path, handle, operation | (0 if wait else fcntl.LOCK_NB)))
 
-def _setlkw(self: Files, nodeid: int, fh: int, owner: int, lock: Lock, lk_flags: int) -> None:
-    self._set_lock(nodeid, fh, owner, lock, lk_flags, wait=True)
+
+@answered
+def _wait_for_lock(self: Files, path: str | None, handle: Any, lock: Lock, lk_flags: int) -> None:
+    self._set_lock(path, handle, lock, lk_flags, wait=True)

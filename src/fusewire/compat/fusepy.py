@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
+from stat import S_IFDIR
 
+from fusewire.compat import structures
 from fusewire.compat.structures import (
     c_stat,
     c_statvfs,
@@ -49,16 +50,18 @@ __all__ = [
     "fuse_exit",
     "fuse_file_info",
     "fuse_get_context",
+    "log",
     "set_st_attrs",
     "time_of_timespec",
 ]
 
 
-def __getattr__(name: str) -> int:
-    """Give the errno constants too, which programs import from here."""
+def __getattr__(name: str) -> Any:
+    """Give the errno constants and the other C types too, which programs import from here."""
     if name in errno.errorcode.values():
-        number: int = getattr(errno, name)
-        return number
+        return getattr(errno, name)
+    if name.startswith(("c_", "fuse_", "Fuse")) and hasattr(structures, name):
+        return getattr(structures, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -71,7 +74,7 @@ class FuseOSError(OSError):
 
 def fuse_get_context() -> tuple[int, int, int]:
     """Give (uid, gid, pid) of the process whose request this thread serves; zeros where it serves none."""
-    from fusewire.compat.running import CONTEXT
+    from fusewire.compat.context import CONTEXT
 
     return CONTEXT.ids()
 
@@ -81,7 +84,7 @@ def fuse_exit() -> None:
 
     Raises RuntimeError outside of one.
     """
-    from fusewire.compat.running import CONTEXT
+    from fusewire.compat.context import CONTEXT
 
     if CONTEXT.runner is None:
         raise RuntimeError("fuse_exit() can be called by an operation only: it ends the mount that asks")
@@ -96,7 +99,7 @@ class FUSE:
     a time, in the thread that calls. All other keywords are mount options: True, or a value.
 
     Raises RuntimeError if nothing could be mounted; its cause says why, and so does standard error. Raises what `init`
-    has raised, or what was no Exception in an operation.
+    has raised, or what was no Exception in an operation; LookupError for an encoding that is none.
     """
 
     OPTIONS = (("foreground", "-f"), ("debug", "-d"), ("nothreads", "-s"))
@@ -110,22 +113,18 @@ class FUSE:
         errors: str = "surrogateescape",
         **kwargs: Any,
     ) -> None:
+        import codecs
+
         from fusewire.compat import bridge, options, running
 
         self.operations = operations
         self.raw_fi = raw_fi
         self.encoding = encoding
+        codecs.lookup(encoding)
         self.errors = errors
         self.use_ns = bool(getattr(operations, "use_ns", False))
         try:
             settings = options.parse(type(operations).__name__, kwargs)
-            target = os.path.join(os.getcwdb(), os.fsencode(mountpoint))
-            held = running.Held(target, settings.kernel)
-        except (OSError, ValueError) as error:
-            self._complain(error)
-            raise RuntimeError(1) from error
-        made = False
-        try:
             filesystem = bridge.bridge(
                 self._calls(operations),
                 settings,
@@ -134,18 +133,14 @@ class FUSE:
                 errors=errors,
                 use_ns=self.use_ns,
                 nullpath=bool(getattr(operations, "flag_nullpath_ok", False)),
-                owner=held.owner,
             )
-            made = True
-        finally:
-            if not made:
-                held.unmount()
-        if not settings.foreground:
-            try:
+            held = running.Held(os.path.join(os.getcwdb(), os.fsencode(mountpoint)), settings.kernel)
+            filesystem.owner = held.owner
+            if not settings.foreground:
                 running.go_to_background(held)
-            except OSError as error:
-                self._complain(error)
-                raise RuntimeError(1) from error
+        except (OSError, ValueError) as error:
+            self._complain(error)
+            raise RuntimeError(1) from error
         runner = running.Runner(filesystem, held, settings)
         runner.run()
         del self.operations  # the program's object may end with the mount
@@ -219,7 +214,7 @@ class Operations:
         """Give attributes by their names in stat(3type): st_mode with its type bits, st_size, st_mtime, ..."""
         if path != "/":
             raise FuseOSError(errno.ENOENT)
-        return {"st_mode": stat.S_IFDIR | 0o755, "st_nlink": 2}
+        return {"st_mode": S_IFDIR | 0o755, "st_nlink": 2}
 
     def getxattr(self, path: str, name: str, position: int = 0) -> Any:
         """Give the bytes of an extended attribute, getxattr(2)."""
@@ -342,6 +337,8 @@ class _Calls:
     """fusepy's manner: `operations(name, ...)`, and whatever is not None is there."""
 
     create_flags = False
+    truncate_handle = True
+    lock_pointer = False
 
     def __init__(self, operations: Any) -> None:
         self._operations = operations

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fusewire.compat.options import Settings
     from fusewire.ops import Connection
 
+ENOATTR = errno.ENODATA  # as Linux calls it
 # What a program may ask for: the libfuse whose behaviour it sees.
 fuse_version_major = 3
 fuse_version_minor = 10
@@ -68,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Give the errno constants, and `ReadDirResult`, a type for annotations."""
+    """Give what fusepy's does, and `ReadDirResult`, a type for annotations."""
     if name == "ReadDirResult":
         from collections.abc import Iterable
 
@@ -108,7 +109,7 @@ class Operations(fusepy.Operations):
         raise FuseOSError(errno.ENOSYS)
 
     def lock(self, path: str, fh: int, cmd: int, lock: Any) -> int:
-        """Take, drop or look at a record lock, fcntl_locking(2); `lock` is the address of a struct flock."""
+        """Take, drop or look at a record lock, fcntl_locking(2); `lock` points to a c_flock_t."""
         raise FuseOSError(errno.ENOSYS)
 
     def bmap(self, path: str, blocksize: int, idx: Any) -> int:
@@ -197,18 +198,25 @@ def overrides(parent_class: type) -> Callable[[Any], Any]:
 class _Calls:
     """mfusepy's manner: methods are called themselves, and those that are marked as ignored are not there."""
 
+    lock_pointer = True
+
     def __init__(self, operations: Any) -> None:
         self._operations = operations
         self.call = self._call
-        self.create_flags = self._takes_flags()
+        self.create_flags = not self._takes("create", 2)
+        # libfuse 3 has lost the handle on the way to mfusepy's truncate, which may have no place for it.
+        self.truncate_handle = not self._takes("truncate", 2)
 
-    def _takes_flags(self) -> bool:
-        """Tell whether `create` takes more than a path and a mode."""
-        if not self.has("create"):
+    def _takes(self, name: str, count: int) -> bool:
+        """Tell whether a method takes so many arguments, and no more."""
+        if not self.has(name):
             return False
         import inspect
 
-        return len(inspect.signature(self._operations.create).parameters) != 2
+        try:
+            return len(inspect.signature(getattr(self._operations, name)).parameters) == count
+        except ValueError:
+            return False  # built in, and written without a signature
 
     def _call(self, name: str, *args: Any) -> Any:
         return getattr(self._operations, name)(*args)

@@ -151,9 +151,13 @@ def _seconds(text: str) -> float:
 
 def _number(text: str) -> int:
     number = int(text)
-    if number < 0:
+    if not 0 <= number <= 0xFFFFFFFF:
         raise ValueError
     return number
+
+
+def _count(text: str) -> int:
+    return min(_number(text), 0xFFFF)  # fuse_init_out has 16 bits for it
 
 
 _VALUES: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -167,8 +171,8 @@ _VALUES: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_threads": (_number, "a number"),
     "max_write": (_number, "a number of bytes"),
     "max_readahead": (_number, "a number of bytes"),
-    "max_background": (_number, "a number"),
-    "congestion_threshold": (_number, "a number"),
+    "max_background": (_count, "a number"),
+    "congestion_threshold": (_count, "a number"),
 }
 _SWITCHES = frozenset(
     {

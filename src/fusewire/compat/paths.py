@@ -6,10 +6,15 @@ Layer `compat`: a plain table, no I/O; safe to use from many threads, and no cal
 from __future__ import annotations
 
 import errno
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
 from itertools import count
+from threading import Condition
 
 from fusewire.wire.abi import FUSE_ROOT_ID
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 
 class Node:
@@ -36,11 +41,40 @@ class Node:
     parent: Node | None
 
 
+class Moving:
+    """What `PathTable.moving` gives."""
+
+    __slots__ = ("_nodes", "_table")
+
+    def __init__(self, table: PathTable, nodes: set[Node]) -> None:
+        self._table = table
+        self._nodes = nodes
+
+    def __enter__(self) -> None:
+        table, me = self._table, get_ident()
+        with table.changed:
+            table.in_move |= self._nodes
+            while any(
+                thread != me and any(table.below(node, self._nodes) for node in used)
+                for thread, used in table.users.copy().items()
+            ):
+                table.changed.wait()
+
+    def __exit__(self, *_: object) -> None:
+        table = self._table
+        with table.changed:
+            table.in_move -= self._nodes
+            table.changed.notify_all()
+
+
 class PathTable:
     """Numbers and paths of all names that the kernel has looked up.
 
     One number for each path, not for each file: whoever has only paths cannot tell that two of them are hard links.
     Numbers are given once and never twice.
+
+    A path that a program was called with stays true until it answers, as with libfuse: `use` says which nodes the
+    request of a thread is about, `moving` waits until nobody uses what is to be renamed, and `use` for its end.
     """
 
     def __init__(self, encoding: str, errors: str) -> None:
@@ -51,6 +85,11 @@ class PathTable:
         self._numbers = count(FUSE_ROOT_ID + 1)
         self.root = Node(FUSE_ROOT_ID, None, b"", "/")
         self._nodes = {FUSE_ROOT_ID: self.root}
+        # Thread -> what its request is about. A request writes here and then looks at `in_move`, a rename the other way
+        # round: one of the two sees the other, with no lock where nothing is renamed.
+        self.users: dict[int, tuple[Node, ...]] = {}
+        self.in_move: set[Node] = set()
+        self.changed = Condition(allocate_lock())
 
     def __len__(self) -> int:
         """How many names there are, with the root."""
@@ -70,6 +109,36 @@ class PathTable:
             raise FileNotFoundError(errno.ENOENT, "the name has been removed", node.path)
         return node.path
 
+    def use(self, *nodes: Node) -> None:
+        """Keep the paths of these nodes as they are until `unuse`; waits for who is renaming them."""
+        me = get_ident()
+        self.users[me] = nodes
+        if self.in_move:
+            with self.changed:
+                while any(self.below(node, self.in_move) for node in nodes):
+                    del self.users[me]  # else the rename would wait for us
+                    self.changed.notify_all()
+                    self.changed.wait()
+                    self.users[me] = nodes
+
+    def unuse(self) -> None:
+        """End what this thread has begun by `use`, if it has."""
+        self.users.pop(get_ident(), None)
+        if self.in_move:
+            with self.changed:
+                self.changed.notify_all()
+
+    def moving(self, *nodes: Node | None) -> Moving:
+        """Keep nodes and what is below them to this thread, in a `with`: waits until no other thread uses them."""
+        return Moving(self, {node for node in nodes if node is not None})
+
+    def below(self, node: Node, nodes: Collection[Node]) -> bool:
+        """Tell whether a node is one of some, or lies in one of them."""
+        inner: Node | None = node
+        while inner is not None and inner not in nodes:
+            inner = None if inner is self.root else inner.parent
+        return inner is not None
+
     def child(self, parent: Node, name: bytes) -> str:
         """Give the path of a name in a directory, known or not."""
         text = name.decode(self._encoding, self._errors)
@@ -80,7 +149,7 @@ class PathTable:
         children = parent.children
         return None if children is None else children.get(name)
 
-    def enter(self, parent: Node, name: bytes, path: str) -> Node:
+    def enter(self, parent: Node, name: bytes) -> Node:
         """Count one lookup of a name: to be answered as an Entry right after."""
         with self._lock:
             if parent.children is None:
@@ -88,7 +157,9 @@ class PathTable:
             node = parent.children.get(name)
             if node is None:
                 number = next(self._numbers)
-                node = parent.children[name] = self._nodes[number] = Node(number, parent, name, path)
+                node = parent.children[name] = self._nodes[number] = Node(
+                    number, parent, name, self.child(parent, name)
+                )
             node.lookups += 1
             return node
 

@@ -11,13 +11,13 @@ import signal
 import threading
 
 from fusewire.compat import keeper
+from fusewire.compat.context import CONTEXT
 from fusewire.linux import mount as mounting
 from fusewire.linux import process
 from fusewire.serve import DEFAULT_THREADS, Server, guarded
 from fusewire.session import Session
 from fusewire.trace import trace_to_stderr
 from fusewire.transport.devfuse import Channel
-from fusewire.wire.codec import IN_HEADER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,30 +27,15 @@ if TYPE_CHECKING:
     from fusewire.compat.options import Settings
     from fusewire.linux.mount_base import Mount, Options
 
-# libfuse starts up to ten workers: a program's methods wait for networks, and for each other.
+# A program's methods wait for networks, and for each other: as libfuse, start more when all of them do. The limit is
+# ours, since each has a buffer of 1 MiB.
 _THREADS = max(10, DEFAULT_THREADS)
+_MOST_THREADS = 200
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # as fuse_set_signal_handlers(3) of libfuse
 # Who still has a file open when the mount is told to end gets ENOTCONN after so many seconds, as at once with libfuse.
 _PATIENCE = 1.0
 _KICKS = 200
 _KICK_PAUSE = 0.02
-
-
-class Context(threading.local):
-    """What this thread serves now. `fuse_get_context()` has no argument to find it by, so it is kept by thread."""
-
-    request: Any = None
-    runner: Runner | None = None
-
-    def ids(self) -> tuple[int, int, int]:
-        """Give (uid, gid, pid) of who asks; zeros outside of a request."""
-        if self.request is None:
-            return 0, 0, 0
-        _, _, _, _, uid, gid, pid, _ = IN_HEADER.unpack_from(self.request)
-        return uid, gid, pid
-
-
-CONTEXT = Context()
 
 
 class Held:
@@ -184,12 +169,29 @@ class Runner:
             session.handle = guarded(session.handle, os.getuid(), os.getgid())  # type: ignore[method-assign, assignment]
         handle = session.handle
 
+        server = None if settings.max_threads else self._server
+        busy: list[None] = []
+
         def in_context(request: Any) -> Any:
             CONTEXT.request = request
             CONTEXT.runner = self
-            return handle(request)
+            if server is None:
+                return handle(request)
+            busy.append(None)
+            if len(busy) == len(server.workers) < _MOST_THREADS and session.ready:
+                self._add_worker(server)
+            try:
+                return handle(request)
+            finally:
+                busy.pop()
 
         session.handle = in_context  # type: ignore[method-assign]
+
+    def _add_worker(self, server: Server) -> None:
+        try:
+            server.add_worker()
+        except OSError as error:
+            self._session.log_once(f"no more workers: {error.strerror}")
 
     def run(self) -> None:
         """Serve until the mount is gone, or `end`; in this very thread with `nothreads`, as libfuse does."""
@@ -208,11 +210,13 @@ class Runner:
                 self._ended.wait()
                 self.failure = self._server.failure
         finally:
-            self._finish()
-            if in_main:
-                self._restore()
-            else:
-                atexit.unregister(self._held.unmount)
+            try:
+                self._finish()
+            finally:
+                if in_main:
+                    self._restore()
+                else:
+                    atexit.unregister(self._held.unmount)
 
     def _serve_here(self) -> None:
         try:
@@ -230,13 +234,15 @@ class Runner:
         if self._ending is not None:
             self._ending.join()
         self._session.close()
-        self._held.unmount()
-        self._channel.close()
+        try:
+            self._held.unmount()
+        finally:
+            self._channel.close()
         if self._held.failure is not None:
             self.failure = OSError(errno.EIO, self._held.failure)
 
     def end(self) -> None:
-        """Have `run` return soon; from any thread, and from a signal handler."""
+        """Have `run` return soon; from any thread."""
         with self._lock:
             if self._ending is not None:
                 return
@@ -267,32 +273,34 @@ class Runner:
             signal.pthread_kill(self._main, number)
             return
         for thread in threading.enumerate():
-            if thread in self._server._workers and thread.ident is not None:
+            if thread in self._server.workers and thread.ident is not None:
                 signal.pthread_kill(thread.ident, number)
 
     def _catch(self) -> None:
-        for number in _ENDING:
-            handler = signal.getsignal(number)
-            if number == signal.SIGINT or handler is signal.SIG_DFL:  # SIGINT even from the program, as fusepy
-                self._handlers[number] = handler
-                signal.signal(number, lambda *_: self.end())
-        # A signal that comes right before the main thread sleeps does not wake it, so that its handler waits for ever.
+        # A thread hears of signals; a handler would wait for ever if one came right before the main thread sleeps, and
+        # would find the lock taken by that thread itself if one came while it is in `end`.
         self._told, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         self._told_before = signal.set_wakeup_fd(self._tell, warn_on_full_buffer=False)
         self._watch = threading.Thread(target=self._watch_signals, name="fuse-signals", daemon=True)
         self._watch.start()
+        for number in _ENDING:
+            handler = signal.getsignal(number)
+            if number == signal.SIGINT or handler is signal.SIG_DFL:  # SIGINT even from the program, as fusepy
+                self._handlers[number] = handler
+                signal.signal(number, lambda *_: None)
 
     def _watch_signals(self) -> None:
-        while number := os.read(self._told, 1):
-            if number[0] in self._handlers:
+        while number := os.read(self._told, 1)[0]:
+            if number in self._handlers:
                 self.end()
 
     def _restore(self) -> None:
         signal.set_wakeup_fd(self._told_before)
-        os.close(self._tell)
+        os.write(self._tell, b"\0")  # not closed: a child that the program has forked may have a copy
         if self._watch is not None:
             self._watch.join()
+        os.close(self._tell)
         os.close(self._told)
         handlers, self._handlers = self._handlers, {}
         for number, handler in handlers.items():
@@ -308,8 +316,9 @@ def go_to_background(held: Held) -> None:
     """
     import sys
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "flush"):  # a program may have put anything there
+            stream.flush()
     if os.fork():
         held.wait_shown()
         os._exit(0)

@@ -1,7 +1,7 @@
 """The C structures that fusepy's interface shows to a program: what libfuse would have passed by pointer.
 
 Layer `compat`. Laid out as <fuse.h> of libfuse 2.9 has them on Linux, since a program may take their address; nobody
-here reads them by it, except for `flock`, which <fcntl.h> has.
+here reads them by it, except for `c_flock_t`, which <fcntl.h> has as `flock`.
 """
 
 from __future__ import annotations
@@ -145,11 +145,14 @@ class fuse_config(ctypes.Structure):  # noqa: N801 - the interface's name
         ("ac_attr_timeout_set", ctypes.c_int),
         ("ac_attr_timeout", ctypes.c_double),
         ("nullpath_ok", ctypes.c_int),
+        ("show_help", ctypes.c_int),
+        ("modules", ctypes.c_char_p),
+        ("debug", ctypes.c_int),
     ]
 
 
-class flock(ctypes.Structure):  # noqa: N801 - its name in C
-    """struct flock, fcntl(2): what `lock` is given the address of."""
+class c_flock_t(ctypes.Structure):  # noqa: N801 - the interface's name
+    """struct flock, fcntl(2): what `lock` is given a pointer to, or the address of."""
 
     _fields_ = [
         ("l_type", ctypes.c_short),
@@ -158,6 +161,48 @@ class flock(ctypes.Structure):  # noqa: N801 - its name in C
         ("l_len", ctypes.c_longlong),
         ("l_pid", ctypes.c_int),
     ]
+
+
+class fuse_buf(ctypes.Structure):  # noqa: N801 - the interface's name
+    """libfuse's buffer; no method gets one, signatures name it."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("mem", ctypes.c_void_p),
+        ("fd", ctypes.c_int),
+        ("pos", ctypes.c_longlong),
+    ]
+
+
+class fuse_bufvec(ctypes.Structure):  # noqa: N801 - the interface's name
+    """Several of them."""
+
+    _fields_ = [
+        ("count", ctypes.c_size_t),
+        ("idx", ctypes.c_size_t),
+        ("off", ctypes.c_size_t),
+        ("buf", ctypes.POINTER(fuse_buf)),
+    ]
+
+
+# Names of types that programs have in their signatures and structures.
+c_dev_t = ctypes.c_ulonglong
+c_fsblkcnt_t = c_fsfilcnt_t = ctypes.c_ulonglong
+c_gid_t = c_mode_t = c_uid_t = ctypes.c_uint
+c_off_t = ctypes.c_longlong
+c_pid_t = ctypes.c_int
+c_byte_p = ctypes.POINTER(ctypes.c_byte)
+c_uint64_p = ctypes.POINTER(ctypes.c_uint64)
+c_stat_p = ctypes.POINTER(c_stat)
+c_statvfs_p = ctypes.POINTER(c_statvfs)
+c_utimbuf_p = ctypes.POINTER(c_utimbuf)
+fuse_fi_p = ctypes.POINTER(fuse_file_info)
+fuse_bufvec_p = ctypes.POINTER(fuse_bufvec)
+fuse_bufvec_pp = ctypes.POINTER(fuse_bufvec_p)
+fuse_pollhandle_p = ctypes.c_void_p
+FuseConnInfoPointer = ctypes.POINTER(fuse_conn_info)
+FuseConfigPointer = ctypes.POINTER(fuse_config)
 
 
 def time_of_timespec(ts: Any, use_ns: bool = False) -> float:
