@@ -604,10 +604,14 @@ def test_a_directory_swapped_under_a_server_leads_it_to_what_its_sandbox_lets_it
         [found.add(tried(once)) for _ in range(3000)], sorted(found)][-1]"""
     with taken_over(way, shared, FILTERED) as box:
         assert box.ask(read) == OWN.decode()
+        refusals = {"EACCES"} if way.mode == "none" else {"ENOENT"}
+        expected, answers = {"done", OWN.decode()} | refusals, set[str]()
         with Flipper(shared / "flips", shared / "other"):
-            answers = box.ask(expression)
-    refusals = {"EACCES"} if way.mode == "none" else {"ENOENT"}
-    assert set(answers) == {"done", OWN.decode()} | refusals
+            for _ in range(50):  # a busy machine may give the two their turns one after the other
+                answers |= set(box.ask(expression))
+                if answers >= expected:
+                    break
+    assert answers == expected
 
 
 # Mounts that the host makes later
