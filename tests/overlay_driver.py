@@ -112,8 +112,9 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 class Driver:
     """Makes each call on both sides."""
 
-    def __init__(self, ours: str, kernel: str, generator: random.Random) -> None:
+    def __init__(self, ours: str, kernel: str, generator: random.Random, bare: bool = False) -> None:
         self.sides = (ours, kernel)
+        self.bare = bare  # ours can exchange no names
         self.generator = generator
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.done: list[str] = []
@@ -157,6 +158,10 @@ class Driver:
                 return
             source, target = (f"{self.sides[1]}/{name}" for name in (one, two))
             subprocess.run(["mv", "-T", source, target], check=True)
+            return
+        if ours == "EINVAL" and flags == EXCHANGE and self.bare:
+            if kernels == "done":
+                call(self.sides[1])  # back again
             return
         if kernels == "EXDEV" and ours == "ENOTEMPTY":
             return  # which of two reasons is given
@@ -305,6 +310,33 @@ def our_overlay(lower: str, place: str, by_name: bool = False) -> Any:
     return filesystem
 
 
+def bare_overlay(lower: str, place: str) -> Any:
+    """Open our overlay with its changes on a mount of ours that can neither exchange names nor leave whiteouts."""
+    from fusewire.fs.passthrough import Passthrough
+    from fusewire.linux import overlay, userns
+
+    class Bare(Passthrough):
+        def rename(self, caller: Any, parent: int, name: bytes, newparent: int, newname: bytes, flags: int) -> None:
+            if flags & ~NOREPLACE:
+                raise OSError(errno.EINVAL, "no such flags here", name)
+            super().rename(caller, parent, name, newparent, newname, flags)
+
+        def tmpfile(self, *_: Any) -> Any:
+            raise OSError(errno.EOPNOTSUPP, "no files without a name")
+
+    def make() -> Any:
+        from fusewire.fs.passthrough import Config
+
+        return Bare(os.open(place, os.O_PATH | os.O_DIRECTORY), Config())
+
+    overlay.prepare(os.fsencode(place))
+    serving = Serving(make)
+    userns.enter(userns.default_plan())
+    os.mkdir(f"{place}-bare")
+    serving.mount(f"{place}-bare")
+    return our_overlay(lower, f"{place}-bare")
+
+
 def in_child(call: Callable[[], Any]) -> Any:
     """Call in a child without capabilities; its value comes back as JSON."""
     from fusewire.linux import syscalls
@@ -361,7 +393,7 @@ def compare(base: str, seed: int, steps: int, kind: str) -> None:
     source = f"{base}/image" if kind == "image" else lower
     if kind == "image":
         subprocess.run(["mksquashfs", lower, source, "-quiet", "-no-progress", "-comp", "gzip"], check=True)
-    serving = Serving(lambda: our_overlay(source, ours, by_name))
+    serving = Serving(lambda: bare_overlay(source, ours) if kind == "bare" else our_overlay(source, ours, by_name))
     again = Serving(lambda: our_overlay(source, kernels))
     userns.enter(userns.default_plan())
     places = {place: overlay.prepare(os.fsencode(place)) for place in (ours, kernels)}
@@ -371,7 +403,7 @@ def compare(base: str, seed: int, steps: int, kind: str) -> None:
 
     serving.mount(one)
     kernel_mount(kernels)
-    shown = in_child(lambda: Driver(one, two, generator).run(steps))
+    shown = in_child(lambda: Driver(one, two, generator, kind == "bare").run(steps))
     serving.end(one)
     syscalls.umount2(os.fsencode(two))
 

@@ -36,7 +36,7 @@ class Connection:
     def may_block(self, long: bool = False) -> None:
         pass
 
-    def log_once(self, message: str, error: BaseException | None = None) -> None:
+    def log_once(self, message: str, error: BaseException | None = None, *, place: str = "") -> None:
         self.said.append(message)
 
     def notify_inval_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> bool:
@@ -488,7 +488,7 @@ def test_failed_copy_leaves_nothing_behind(tree: Path, tmp_path: Path, monkeypat
 
 
 def test_work_directory_is_cleared_of_what_a_killed_server_left(tree: Path, tmp_path: Path) -> None:
-    left = tmp_path / "work" / "copy-1" / "below"
+    left = tmp_path / "work" / ".wh..wh.tmp.12.1" / "below"
     left.mkdir(parents=True)
     left.parent.chmod(0)
     client = Client(open_directory(tree), tmp_path)

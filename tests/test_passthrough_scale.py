@@ -10,7 +10,9 @@ import os
 import resource
 import select
 import shutil
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +20,11 @@ from pathlib import Path
 import pytest
 
 from e2e import PATIENCE, World, snapshot, status
-from fusewire.fs.passthrough import open_directory
+from fusewire.fs.passthrough import Config, open_directory
+from fusewire.ops import Caller
 from fusewire.session import Session
 from fusewire.testing import FakeKernel
-from fusewire.wire import abi
+from fusewire.wire import abi, codec
 
 MANY = 100_000
 
@@ -611,3 +614,47 @@ def test_what_is_changed_on_the_host_is_seen_in_time(world: World, both: Both, o
             # The machine may be busy with other things: half a second more.
             assert becomes(look, wanted, seconds + 0.5, target), what
         assert becomes(lambda: sorted(os.listdir(target)), ["d", "file", "new", "replaced"], seconds + 0.5)
+
+
+def test_a_file_that_is_just_being_moved_is_never_lost(tmp_path: Path) -> None:
+    """Between rename(2) and the note of it a node without a descriptor has no place: who wants it then, waits."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "file").write_bytes(b"data")
+    filesystem = open_directory(str(tmp_path), Config())
+    me = Caller(os.geteuid(), os.getegid(), os.getpid(), 2)
+
+    def found(parent: int, name: bytes) -> int:
+        return codec.ENTRY_OUT.unpack(filesystem.lookup(me, parent, name))[0]
+
+    failures: list[str] = []
+    ended = threading.Event()
+    before = sys.getswitchinterval()
+    try:
+        places = [found(1, name) for name in (b"one", b"two")]
+        file = found(places[0], b"file")
+        node = filesystem.nodes.get(file)
+
+        def look() -> None:
+            while not ended.is_set():
+                node.fd = None  # as a shortage of descriptors has it
+                try:
+                    filesystem.getattr(file, 0, 0)
+                except OSError as error:
+                    failures.append(str(error))
+
+        sys.setswitchinterval(1e-5)
+        lookers = [threading.Thread(target=look) for _ in range(3)]
+        for looker in lookers:
+            looker.start()
+        try:
+            for turn in range(2000):
+                filesystem.rename(me, places[turn % 2], b"file", places[1 - turn % 2], b"file", 0)
+        finally:
+            ended.set()
+            for looker in lookers:
+                looker.join()
+    finally:
+        sys.setswitchinterval(before)
+        filesystem.destroy()
+    assert failures == []

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import squashfs_images
 from e2e import USER, World
 
 CHANGE = (
@@ -82,8 +83,36 @@ def test_our_own_overlay_takes_over_where_the_kernels_cannot_be_had(
     upper = Path(layer) / "upper"
     assert (upper / "new").read_text() == "new\n"
     assert (upper / "new").stat().st_uid == uid
-    again = world.fw("run", *maps, "--overlay", layer, f"{small}:/opt/env", "--", "cat", "/opt/env/new", uid=uid)
-    assert again.stdout == "new\n"
+    script = "cd /opt/env && cat new && mv data moved && mv bin made/ && ls -A . made"  # a ramfs leaves no whiteouts
+    again = world.fw("run", *maps, "--overlay", layer, f"{small}:/opt/env", "--", "sh", "-c", script, uid=uid)
+    listed = ".:\nhello.txt\nlink\nmade\nmoved\nnew\nnot-executable\nprivate\n\nmade:\nbin\n"
+    assert (again.returncode, again.stdout) == (0, f"new\n{listed}"), again.stderr
+    assert not [name for name in os.listdir(upper) if name.startswith(".wh.")]
+
+
+def test_root_of_our_own_overlay_has_the_mode_of_the_images(
+    world: World, uid: int, ramfs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tree").mkdir()
+    image = squashfs_images.mksquashfs(tmp_path / "tree", world.home() / "i.sqsh", "-all-root", "-root-mode", "711")
+    image.chmod(0o644)
+    words = ("run", "--overlay", str(ramfs / "changes"), f"{image}:/opt/env", "--", "stat", "-c", "%a", "/opt/env")
+    done = world.fw(*words, uid=uid)
+    assert (done.returncode, done.stdout) == (0, "711\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["upper", "work"])
+def test_changes_do_not_go_where_a_link_in_their_place_leads(world: World, small: Path, uid: int, name: str) -> None:
+    changes, elsewhere = (world.home(uid) / name for name in ("changes", "elsewhere"))
+    for path in (changes, elsewhere):
+        path.mkdir()
+        os.chown(path, uid, uid)
+    (changes / name).symlink_to(elsewhere)
+    script = "touch /opt/env/new"
+    done = world.fw("run", "--overlay", "changes", f"{small}:/opt/env", "--", "sh", "-c", script, uid=uid)
+    assert done.returncode == 125
+    assert "the place of an overlay has to be a directory" in done.stderr
+    assert os.listdir(elsewhere) == []
 
 
 def test_our_own_overlay_can_forget_too(world: World, small: Path, uid: int) -> None:

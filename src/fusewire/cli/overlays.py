@@ -62,7 +62,7 @@ class Layer:
 
         try:
             if self.directory is not None:
-                overlay.prepare(self.directory)
+                overlay.prepare_place(self.directory)  # no more: the first one that writes says what DIR/upper is
                 claim = overlay.claim(self.directory)
                 if claim >= 0:
                     os.close(claim)
@@ -100,7 +100,7 @@ class Upper:
             overlay.mount_tmpfs(target)
         else:
             self.claim = overlay.claim(layer.directory)
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fds = [os.open(path, flags) for path in overlay.prepare(layer.directory or target)]
 
     def mount(self, target: bytes, flags: int) -> None:

@@ -48,21 +48,32 @@ def prepare(directory: bytes, mode: int = 0o755) -> tuple[bytes, bytes]:
     `mode` is that of a new DIR/upper, which is what the root of the overlay shows. Raises OSError that names the path.
     """
     upper, work = os.path.join(directory, b"upper"), os.path.join(directory, b"work")
-    for path, wanted in ((directory, 0o700), (upper, mode), (work, 0o700)):
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            if not os.path.isdir(path):
-                raise NotADirectoryError(
-                    errno.ENOTDIR, "the place of an overlay has to be a directory", os.fsdecode(path)
-                ) from None
-        except OSError as error:
-            raise OSError(
-                error.errno, f"the directory of an overlay cannot be made: {error.strerror}", os.fsdecode(path)
-            ) from error
-        else:
-            os.chmod(path, wanted)
+    prepare_place(directory)
+    _make(upper, mode)
+    _make(work, 0o700)
     return upper, work
+
+
+def prepare_place(directory: bytes) -> None:
+    """Make DIR alone, if it is missing. Raises as `prepare` does."""
+    _make(directory, 0o700, named=True)
+
+
+def _make(path: bytes, mode: int, named: bool = False) -> None:
+    """Make a directory if it is missing; only one that a person has `named` may be found through a symlink."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path) or (os.path.islink(path) and not named):
+            raise NotADirectoryError(
+                errno.ENOTDIR, "the place of an overlay has to be a directory", os.fsdecode(path)
+            ) from None
+    except OSError as error:
+        raise OSError(
+            error.errno, f"the directory of an overlay cannot be made: {error.strerror}", os.fsdecode(path)
+        ) from error
+    else:
+        os.chmod(path, mode)
 
 
 def claim(directory: bytes) -> int:

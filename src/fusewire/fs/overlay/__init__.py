@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.overlay.data import Data
 from fusewire.fs.overlay.layers import MODE, Lower
-from fusewire.fs.overlay.marks import entries, remove_tree
+from fusewire.fs.overlay.marks import TEMPORARY, entries, remove_tree
 from fusewire.wire.abi import FUSE_ROOT_ID
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def open_overlay(lower: Operations, upper: int, work: int, **how: Any) -> Overla
     """
     try:
         for name, *_ in entries(work):
-            remove_tree(work, name)
+            # Nothing else: it may be a directory of that name in which somebody works.
+            if name.startswith(TEMPORARY):
+                remove_tree(work, name)
         return Overlay(lower, upper, work, **how)
     except BaseException:
         os.close(upper)

@@ -30,18 +30,21 @@ if TYPE_CHECKING:
 # Inode numbers of the lower filesystem are marked by this bit: both kinds are shown under one device number, and two
 # files of one number would be taken for one with two names.
 LOWER_MARK = 1 << 62
+NONE = -1  # no handle: a filesystem that has no `open` gives 0
 
 
 class Handle:
-    """An open file: `fh` is its handle in the upper filesystem, or with `lower` in the lower one."""
+    """An open file: its handle in the upper filesystem, and in the lower one, where it is open there; else NONE.
 
-    __slots__ = ("fh", "flags", "lower", "node")
+    Who was opened below stays so until the end, for somebody may be reading there when the file is copied up.
+    """
 
-    def __init__(self, node: Node, fh: int, flags: int, lower: bool) -> None:
+    __slots__ = ("below", "fh", "node")
+
+    def __init__(self, node: Node, fh: int, below: int = NONE) -> None:
         self.node = node
         self.fh = fh
-        self.flags = flags
-        self.lower = lower
+        self.below = below
 
 
 class Listing:
@@ -90,7 +93,10 @@ class Base(Operations):
             raise OSError(
                 error.errno, f"the overlay's work directory cannot be written to: {error.strerror}", error.filename
             ) from error
-        self._upper = Upper(os.open(b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper), config)
+        self._copying = RLock()
+        self._names = RLock()
+        source = os.open(b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=upper)
+        self._upper = Upper(source, config, self._names)
         self._work = work
         self._keep = (upper, work, *keep)
         self._durable = durable
@@ -106,10 +112,8 @@ class Base(Operations):
         self.want |= abi.FUSE_EXPLICIT_INVAL_DATA
         if config.posix_acl:
             self.want |= abi.FUSE_POSIX_ACL | abi.FUSE_DONT_MASK
-        self._copying = RLock()
-        self._names = RLock()
         root = Node(abi.FUSE_ROOT_ID, stat.S_IFDIR, self._lower.attr(1)[INO] | LOWER_MARK)
-        root.upper = root.lower = 1
+        root.upper = root.lower = root.handed = 1
         self._nodes = Nodes(root, self._drop)
         if self._marks.is_opaque(upper):
             root.lower = 0
@@ -141,8 +145,8 @@ class Base(Operations):
     def destroy(self) -> None:
         self._listings.drain()
         for handle in self._handles.drain():
-            if handle.lower:
-                self._lower.release(handle.node.handed, handle.fh)
+            if handle.below != NONE:
+                self._lower.release(handle.node.handed, handle.below)
         self._upper.destroy()
         self._lower.operations.destroy()
         keep, self._keep = self._keep, ()
@@ -164,7 +168,13 @@ class Base(Operations):
 
     def _look(self, node: Node) -> Attr:
         """Give a node's attributes as they are shown."""
-        return self._show(node, self._upper.attr(node.upper) if node.upper else self._lower.attr(node.lower))
+        return self._show(node, self._attr(node))
+
+    def _attr(self, node: Node) -> Attr:
+        """Give a node's attributes as the filesystem that counts has them."""
+        upper = node.upper
+        # Not `lower`: it is 0 for a directory that has come to hide the lower one since.
+        return self._upper.attr(upper) if upper else self._lower.attr(node.handed)
 
     def _show(self, node: Node, attr: Attr) -> Attr:
         # A directory that is in both has subdirectories of both, and counting them would take a listing: 1 stands for
@@ -222,17 +232,23 @@ class Base(Operations):
             return None
         return self._found_above(parent, name, found)
 
-    def _found_above(self, parent: Node, name: bytes, found: Found) -> tuple[Node, Attr]:
+    def _found_above(self, parent: Node, name: bytes, found: Found, made: bool = False) -> tuple[Node, Attr]:
+        """Count what is in the upper filesystem; `made`: just now, by us."""
         upper, attr = found
         node = self._nodes.of_upper(upper)
         if node is not None:
             self._upper.forget(upper, 1)  # it holds one already
             if (node.parent is not parent or node.name != name) and node is not self._nodes.root:
                 self._nodes.place(node, parent, name)
-                node.name = name
         else:
             kind = stat.S_IFMT(attr[MODE])
-            below = self._merged_with(parent, name, upper) if kind == stat.S_IFDIR else None
+            try:
+                if not made and kind in (stat.S_IFREG, stat.S_IFDIR):
+                    self._check_whole(parent, name)
+                below = self._merged_with(parent, name, upper) if kind == stat.S_IFDIR else None
+            except OSError:
+                self._upper.forget(upper, 1)
+                raise
             if below is not None:
                 ino = below[1][INO] | LOWER_MARK
             else:
@@ -244,15 +260,29 @@ class Base(Operations):
         node.lookups += 1
         return node, attr
 
+    def _check_whole(self, parent: Node, name: bytes) -> None:
+        """Refuse what has to be completed from a place in the lower filesystem that this overlay does not look at."""
+        fd = self._upper.reach(parent.upper)
+        try:
+            self._marks.check_whole(fd.number, name)
+        except PermissionError as error:
+            if self._connection is not None:
+                self._connection.log_once(f"{os.fsdecode(name)}: {error.strerror}", place="another overlay's upper")
+            raise
+
     def _merged_with(self, parent: Node, name: bytes, upper: int) -> Found | None:
         """Give the lower directory that an upper one is merged with."""
         below = self._below(parent, name)
         if below is None:
             return None
-        if stat.S_ISDIR(below[1][MODE]) and not self._marks.is_opaque(self._upper.reach(upper).number):
-            return below
-        self._lower.forget(below[0])
-        return None
+        merged = False
+        try:
+            fd = self._upper.reach(upper)
+            merged = stat.S_ISDIR(below[1][MODE]) and not self._marks.is_opaque(fd.number)
+        finally:
+            if not merged:
+                self._lower.forget(below[0])
+        return below if merged else None
 
     def _found_below(self, parent: Node, name: bytes, found: Found) -> tuple[Node, Attr]:
         lower, attr = found
@@ -306,7 +336,7 @@ class Base(Operations):
 
     def readlink(self, nodeid: int) -> bytes:
         node = self._nodes.get(nodeid)
-        return self._upper.readlink(node.upper) if node.upper else self._lower.readlink(node.lower)
+        return self._upper.readlink(node.upper) if node.upper else self._lower.readlink(node.handed)
 
 
-__all__ = ["LOWER_MARK", "OURSELVES", "Base", "Handle", "Listing"]
+__all__ = ["LOWER_MARK", "NONE", "OURSELVES", "Base", "Handle", "Listing"]

@@ -46,7 +46,7 @@ class CopyUp(Base):
                 self._copy(at, length if at is node else None)
 
     def _copy(self, node: Node, length: int | None) -> None:
-        attr = self._lower.attr(node.lower)
+        attr = self._lower.attr(node.handed)
         name = self._marks.temporary()
         try:
             fd = self._make_copy(node, attr, name, length)
@@ -72,7 +72,7 @@ class CopyUp(Base):
             os.mknod(name, kind | 0o600, device(attr[RDEV]), dir_fd=work)
         fd = Fd(os.open(name, _PATH, dir_fd=work))
         self._copy_attributes(node, attr, fd)
-        if kind == stat.S_IFREG and self._durable and attr[SIZE]:
+        if kind == stat.S_IFREG and self._durable and size:
             os.fsync(opened.number)
         return fd
 
@@ -143,25 +143,47 @@ class CopyUp(Base):
         A directory can be moved then; called with `_copying` held. Each step leaves the tree as it looks.
         """
         self._copy_up(node)
-        if not node.lower:
+        # Directories on the way down, each with the names that are still to come; a tree may be deeper than the stack.
+        way: list[tuple[Node, list[bytes]]] = [(node, self._names_to_copy(node))]
+        try:
+            while way:
+                at, names = way[-1]
+                if names:
+                    self._copy_child(at, names.pop(), way)
+                    continue
+                if at.lower:
+                    with self._names:
+                        self._part(at)
+                way.pop()
+                if at is not node:
+                    self._leave(at)
+        finally:
+            for at, _ in way[1:]:
+                self._leave(at)
+
+    def _names_to_copy(self, node: Node) -> list[bytes]:
+        with self._names:
+            return [item[0] for item in self._merged(node)] if node.lower else []
+
+    def _copy_child(self, parent: Node, name: bytes, way: list[tuple[Node, list[bytes]]]) -> None:
+        """Copy up what has a name in a directory; if it is a directory itself, it comes next on the way."""
+        with self._names:
+            found = self._find(parent, name)
+        if found is None:  # removed meanwhile
             return
-        with self._names:
-            names = [item[0] for item in self._merged(node)]
-        for name in names:
-            with self._names:
-                found = self._find(node, name)
-            if found is None:  # removed meanwhile
-                continue
-            child = found[0]
-            try:
-                if child.kind == stat.S_IFDIR:
-                    self._copy_tree(child)
-                else:
-                    self._copy_up(child)
-            finally:
+        child = found[0]
+        kept = False
+        try:
+            self._copy_up(child)
+            if child.kind == stat.S_IFDIR:
+                way.append((child, self._names_to_copy(child)))
+                kept = True
+        except FileNotFoundError:
+            if child.parent is not None:  # not removed meanwhile
+                raise
+        finally:
+            if not kept:
                 self._leave(child)
-        with self._names:
-            self._part(node)
 
     def _part(self, node: Node) -> None:
         """Have a directory hide the lower one, of which the upper one has, or hides, every name by now."""

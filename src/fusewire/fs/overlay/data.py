@@ -13,7 +13,7 @@ import stat
 from time import time
 from typing import TYPE_CHECKING, Any
 
-from fusewire.fs.overlay.base import Handle
+from fusewire.fs.overlay.base import NONE, Handle
 from fusewire.fs.overlay.layers import OURSELVES, attr_of, entry_of
 from fusewire.fs.overlay.marks import is_private
 from fusewire.fs.overlay.names import Names
@@ -40,8 +40,7 @@ class Data(Names):
 
     def getattr(self, nodeid: int, flags: int, fh: int) -> bytes:
         node = self._nodes.get(nodeid)
-        upper = node.upper
-        return self._attributes(node, self._upper.attr(upper) if upper else self._lower.attr(node.lower))
+        return self._attributes(node, self._attr(node))
 
     def statx(self, nodeid: int, flags: int, fh: int, sx_flags: int, sx_mask: int) -> tuple[Sequence[int], float, int]:
         node = self._nodes.get(nodeid)
@@ -53,7 +52,7 @@ class Data(Names):
                 merged[files.SX_NLINK] = 1
             fields = merged
         else:
-            fields = self._lower.statx(node.lower, node.ino)
+            fields = self._lower.statx(node.handed, node.ino)
         return fields, self._attr_seconds, 0
 
     def setattr(self, caller: Caller, nodeid: int, change: Setattr) -> bytes:
@@ -61,11 +60,8 @@ class Data(Names):
         if not node.upper:
             self._copy_up(node, change.size if change.valid & abi.FATTR_SIZE else None)
         if change.valid & abi.FATTR_FH:
-            handle = self._handles.get(change.fh)
-            if handle.lower:
-                change = change._replace(valid=change.valid & ~abi.FATTR_FH, fh=0)
-            else:
-                change = change._replace(fh=handle.fh)
+            fh = self._handles.get(change.fh).fh
+            change = change._replace(fh=fh) if fh != NONE else change._replace(valid=change.valid & ~abi.FATTR_FH)
         return self._attributes(node, attr_of(self._upper.setattr(caller, node.upper, change)))
 
     def access(self, caller: Caller, nodeid: int, mask: int) -> None:
@@ -86,14 +82,14 @@ class Data(Names):
         node = self._nodes.get(nodeid)
         if node.upper:
             return self._upper.getxattr(caller, node.upper, name)
-        return self._lower.getxattr(caller, node.lower, name)
+        return self._lower.getxattr(caller, node.handed, name)
 
     def listxattr(self, caller: Caller, nodeid: int) -> bytes:
         node = self._nodes.get(nodeid)
         if node.upper:
             names = self._upper.listxattr(caller, node.upper).split(b"\0")[:-1]
         else:
-            names = self._lower.listxattr(caller, node.lower)
+            names = self._lower.listxattr(caller, node.handed)
         return b"".join(name + b"\0" for name in names if not is_private(name))
 
     def setxattr(self, caller: Caller, nodeid: int, name: bytes, value: bytes, flags: int, setxattr_flags: int) -> None:
@@ -125,8 +121,8 @@ class Data(Names):
             if self._is_read_late(node.upper):
                 # Reading is to move the access time (relatime, mount(8)): the host hears of it this once.
                 keep &= ~_KEPT
-            return self._handles.add(Handle(node, fh, flags, False)), keep
-        return self._handles.add(Handle(node, self._lower.open(node.lower, flags), flags, True)), _KEPT
+            return self._handles.add(Handle(node, fh)), keep
+        return self._handles.add(Handle(node, NONE, self._lower.open(node.handed, flags))), _KEPT
 
     def _is_read_late(self, upper: int) -> bool:
         attr = self._upper.attr(upper)
@@ -147,28 +143,27 @@ class Data(Names):
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
-                node, attr = self._found_anew(above, name)
+                found = self._find(above, name)
+                if found is None:
+                    raise OSError(errno.ESTALE, "the name has gone again", name) from None
+                node = found[0]
             else:
-                found = entry_of(reply)
-                assert found is not None
-                node, attr = self._found_above(above, name, found)
-                fh = self._handles.add(Handle(node, opened[0], flags, False))
-                return self._entry(node, attr), (fh, opened[1])
+                return self._created(above, name, reply, opened)
         # Somebody was quicker; the kernel had not heard of it. It is opened outside of the lock: it may be copied up.
         try:
             if node.kind not in (stat.S_IFREG, stat.S_IFDIR):
                 raise OSError(errno.ESTALE, "there is something else by that name now", name)
             answer = self.open(caller, node.nodeid, flags, open_flags)
-            return self._entry(node, self._upper.attr(node.upper) if node.upper else attr), answer
+            return self._entry(node, self._attr(node)), answer
         except BaseException:
             self._leave(node)
             raise
 
-    def _found_anew(self, parent: Node, name: bytes) -> tuple[Node, Any]:
-        found = self._find(parent, name)
-        if found is None:
-            raise OSError(errno.ESTALE, "the name has gone again", name)
-        return found
+    def _created(self, parent: Node, name: bytes, reply: Any, opened: tuple[int, ...]) -> tuple[bytes, tuple[int, ...]]:
+        found = entry_of(reply)
+        assert found is not None
+        node, attr = self._found_above(parent, name, found, True)
+        return self._entry(node, attr), (self._handles.add(Handle(node, opened[0])), opened[1])
 
     def tmpfile(
         self, caller: Caller, parent: int, flags: int, mode: int, umask: int, open_flags: int
@@ -176,52 +171,46 @@ class Data(Names):
         above = self._in(parent)
         with self._names:
             reply, opened = self._upper.tmpfile(caller, above.upper, flags, mode, umask, open_flags)
-            found = entry_of(reply)
-            assert found is not None
-            node, attr = self._found_above(above, b"", found)
-            fh = self._handles.add(Handle(node, opened[0], flags, False))
-            return self._entry(node, attr), (fh, opened[1])
+            return self._created(above, b"", reply, opened)
 
     def flush(self, nodeid: int, fh: int, lock_owner: int) -> None:
         handle = self._handles.get(fh)
-        if not handle.lower:
+        if handle.fh != NONE:
             self._upper.flush(handle.node.upper, handle.fh, lock_owner)
 
     def release(self, nodeid: int, fh: int, flags: int, release_flags: int, lock_owner: int) -> None:
         handle = self._handles.remove(fh)
-        if handle.lower:
-            self._lower.release(handle.node.handed, handle.fh)
-        else:
+        if handle.below != NONE:
+            self._lower.release(handle.node.handed, handle.below)
+        if handle.fh != NONE:
             self._upper.release(handle.node.upper, handle.fh, flags, release_flags, lock_owner)
 
     # Data
 
     def _is_lower(self, handle: Handle) -> bool:
         """Tell whether a handle is (still) one of the lower filesystem; one whose file was copied up changes over."""
-        if not handle.lower:
+        if handle.fh != NONE:
             return False
         node = handle.node
         if not node.upper:
             return True
         with self._names:
-            if handle.lower:
+            if handle.fh == NONE:
                 try:
-                    fh = self._upper.open(OURSELVES, node.upper, os.O_RDONLY, 0)[0]
+                    handle.fh = self._upper.open(OURSELVES, node.upper, os.O_RDONLY, 0)[0]
                 except PermissionError:  # its mode has been changed since; who has it open may go on
                     return True
-                before, handle.fh, handle.lower = handle.fh, fh, False
-                self._lower.release(node.handed, before)
         return False
 
     def read(self, nodeid: int, fh: int, offset: int, size: int, read_flags: int, lock_owner: int, flags: int) -> Any:
         handle = self._handles.get(fh)
         if self._is_lower(handle):
-            return self._lower.read(handle.node.handed, handle.fh, offset, size)
+            return self._lower.read(handle.node.handed, handle.below, offset, size)
         return self._upper.read(handle.node.upper, handle.fh, offset, size, read_flags, lock_owner, flags)
 
     def _writable(self, fh: int) -> Handle:
         handle = self._handles.get(fh)
-        if handle.lower:
+        if handle.fh == NONE:
             raise OSError(errno.EBADF, "the file is not open for writing", fh)
         return handle
 
@@ -237,7 +226,7 @@ class Data(Names):
     def lseek(self, nodeid: int, fh: int, offset: int, whence: int) -> int:
         handle = self._handles.get(fh)
         if self._is_lower(handle):
-            return self._lower.lseek(handle.node.handed, handle.fh, offset, whence)
+            return self._lower.lseek(handle.node.handed, handle.below, offset, whence)
         return self._upper.lseek(handle.node.upper, handle.fh, offset, whence)
 
     def fallocate(self, nodeid: int, fh: int, offset: int, length: int, mode: int) -> None:

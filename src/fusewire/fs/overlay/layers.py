@@ -23,6 +23,7 @@ from fusewire.wire.codec import ATTR_OUT, DIRENT, ENTRY_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from threading import RLock
 
     from fusewire.linux.caller import AsCaller
     from fusewire.ops import Attr, Buffer, Connection, Entry
@@ -197,15 +198,34 @@ class Lower:
         """
         fh = self.open(nodeid, os.O_RDONLY)
         try:
-            offset = 0
+            offset = end = 0
             while offset < length:
-                got = _write_out(self.read(nodeid, fh, offset, min(_READ_AT_ONCE, length - offset)), target, offset)
+                if offset == end:
+                    offset, end = self._data(nodeid, fh, offset, length)
+                    continue
+                got = _write_out(self.read(nodeid, fh, offset, min(_READ_AT_ONCE, end - offset)), target, offset)
                 if not got:
-                    raise OSError(errno.EIO, "the lower file ends before its size", nodeid)
+                    raise _ends_early(nodeid)
                 offset += got
             os.ftruncate(target, length)
         finally:
             self.release(nodeid, fh)
+
+    def _data(self, nodeid: int, fh: int, offset: int, length: int) -> tuple[int, int]:
+        """Give where the next data begin and end; (length, length) if there are no more."""
+        if "lseek" not in self._offers:
+            return offset, length
+        try:
+            start = min(max(offset, self.operations.lseek(nodeid, fh, offset, os.SEEK_DATA)), length)
+            return start, min(max(start + 1, self.operations.lseek(nodeid, fh, start, os.SEEK_HOLE)), length)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole, or the file has become shorter
+                if self.attr(nodeid)[SIZE] < length:
+                    raise _ends_early(nodeid) from None
+                return length, length
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                return offset, length
+            raise
 
     def readlink(self, nodeid: int) -> bytes:
         """Give a symbolic link's target."""
@@ -242,13 +262,18 @@ class Lower:
                     start = place + 128 if plus else place
                     ino, offset, length, kind = DIRENT.unpack_from(data, start)
                     name = data[start + 24 : start + 24 + length]
-                    if name not in (b".", b".."):
+                    # Nobody between has checked it, and it is to be a name in a directory of the host.
+                    if 0 < length < 256 and name not in (b".", b"..") and b"/" not in name and b"\0" not in name:
                         found = entry_of(data[place : place + 128]) if plus else None
                         yield name, ino, kind, found
                     place = start + (24 + length + 7 & ~7)
         finally:
             if "releasedir" in self._offers:
                 operations.releasedir(nodeid, fh, 0, 0, 0)
+
+
+def _ends_early(nodeid: int) -> OSError:
+    return OSError(errno.EIO, "the lower file ends before its size", nodeid)
 
 
 def _write_out(data: Any, fd: int, offset: int) -> int:
@@ -280,16 +305,17 @@ def _copy_range(data: FileRange, fd: int, offset: int) -> int:
 class Upper(Passthrough):
     """The directory of the host that takes all changes."""
 
-    def __init__(self, directory: int, config: Config) -> None:
+    def __init__(self, directory: int, config: Config, moving: RLock) -> None:
         """Take over an O_PATH descriptor, and of `config` what concerns ids, access control lists and the sandbox.
 
-        Lifetimes in its replies do not matter, and locks are the kernel's.
+        Lifetimes in its replies do not matter, and locks are the kernel's. moving: held by who moves names here.
         """
         config.mode = MODES["always"]
         config.xattr, config.xattrmap = True, None
         config.posix_lock = config.flock = config.watch = config.writeback = False
         config.announce_submounts = config.passthrough = False
         super().__init__(directory, config)
+        self.nodes.moving = moving
 
     def _as(self, caller: Caller) -> AsCaller | None:
         return None if caller is OURSELVES else super()._as(caller)

@@ -55,17 +55,21 @@ class Directories(CopyUp):
             if name in hidden or is_reserved(name):
                 continue
             if name not in taken:
-                if kind == _DT_CHR and not self._covers(node, name):
+                if kind in (_DT_CHR, _DT_UNKNOWN) and not self._covers(node, name):
                     continue
+                taken.add(name)
                 items.append((name, ino | LOWER_MARK, kind, found))
-            elif kind == _DT_DIR and name in both:
-                # An inode number in a listing has to be the one that stat(2) will give.
-                shown = self._number_of(node, name)
-                items[both[name]] = (name, shown, kind, None)
+            elif name in both:
+                place = both.pop(name)
+                items[place] = (name, self._number_of(node, name, items[place][1]), _DT_DIR, None)
         return items
 
-    def _number_of(self, parent: Node, name: bytes) -> int:
-        node = self._known(parent, name)
+    def _number_of(self, parent: Node, name: bytes, ino: int) -> int:
+        """Give the inode number that stat(2) will give, which is what a listing has to say; else `ino`."""
+        try:
+            node = self._known(parent, name)
+        except OSError:  # whoever looks it up hears why
+            return ino
         ino = node.ino
         self._nodes.forget(node, 1)
         return ino

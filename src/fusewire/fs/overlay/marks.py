@@ -26,6 +26,10 @@ OPAQUE = b"user.overlay.opaque"
 PRIVILEGED_OPAQUE = b"trusted.overlay.opaque"
 _OPAQUE_NAMES = (OPAQUE, PRIVILEGED_OPAQUE, b"user.fuseoverlayfs.opaque")
 _PRIVATE = (b"user.overlay.", b"trusted.overlay.", b"user.fuseoverlayfs.")
+# Of a file whose data, of a directory whose names, or of something whose kind, mode and owner are elsewhere: with the
+# options redirect_dir and metacopy of the kernel's overlayfs, and xattr_permissions of fuse-overlayfs.
+_ELSEWHERE = (".overlay.redirect", ".overlay.metacopy")
+_OVERRIDDEN = ".override_stat"
 # What a call gives for something that a filesystem or a sandbox does not have.
 NOT_HERE = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,6 +65,24 @@ def is_whiteout_at(directory: int, name: bytes) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
+def _xattrs(path: bytes, follow: bool) -> list[str]:
+    """Give the names of extended attributes; "trusted." ones are listed to CAP_SYS_ADMIN only, which can read them."""
+    try:
+        return os.listxattr(path, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in NOT_HERE:
+            return []
+        raise
+
+
+def _touch(directory: int, name: bytes) -> None:
+    """Have a file by that name. Not by open(2), which follows symlinks and waits for the reader of a FIFO."""
+    try:
+        os.mknod(name, stat.S_IFREG | 0o600, dir_fd=directory)
+    except FileExistsError:
+        pass
+
+
 def remove_tree(directory: int, name: bytes) -> None:
     """Remove `name` and all below it, also what its modes keep its owner out of; a missing one is no error."""
     try:
@@ -88,13 +110,14 @@ class Marks:
     def __init__(self, work: int, proc: bytes) -> None:
         """Find out, in the work directory `work`, what can be made. `proc`: prefix of descriptors as paths."""
         self._proc = proc
-        self._numbers = count()
+        # Process ids come again, in a container at once, and a killed server leaves its names behind.
+        self._names = map((TEMPORARY + os.urandom(6).hex().encode() + b".%d").__mod__, count())
         self.devices = self._try_device(work)
         self.opaque = self._try_xattrs(work)
 
     def temporary(self) -> bytes:
         """Give a name for something that is about to be renamed; it is hidden wherever marks are understood."""
-        return TEMPORARY + b"%d.%d" % (os.getpid(), next(self._numbers))
+        return next(self._names)
 
     def _try_device(self, work: int) -> bool:
         name = self.temporary()
@@ -132,21 +155,35 @@ class Marks:
     def is_opaque(self, fd: int) -> bool:
         """Tell whether a directory, given by a descriptor (O_PATH too), hides all of the lower one's."""
         path = self._proc + b"%d" % fd
-        try:
-            names = os.listxattr(path)
-        except OSError:
-            names = []
-        # "trusted." is listed to CAP_SYS_ADMIN only, which is who can read it.
-        for name in names:
-            if os.fsencode(name) in _OPAQUE_NAMES and os.getxattr(path, name) == b"y":
-                return True
+        if self._is_marked(path, _xattrs(path, True)):
+            return True
         return files.status_if_any(fd, OPAQUE_FILE, files.AT_SYMLINK_NOFOLLOW) is not None
+
+    @staticmethod
+    def _is_marked(path: bytes, names: list[str]) -> bool:
+        return any(os.fsencode(name) in _OPAQUE_NAMES and os.getxattr(path, name) == b"y" for name in names)
+
+    def check_whole(self, directory: int, name: bytes) -> None:
+        """Refuse a file or a directory that another overlay has made, which has only a part of itself here.
+
+        Raises PermissionError, as the kernel does where these options are not given.
+        """
+        path = self._proc + b"%d/%s" % (directory, name)
+        names = _xattrs(path, False)
+        for xattr in names:
+            # A directory that is opaque has been followed to its end already.
+            if xattr.endswith(_OVERRIDDEN) or (xattr.endswith(_ELSEWHERE) and not self._is_marked(path, names)):
+                raise PermissionError(
+                    errno.EPERM,
+                    f"it has the attribute {xattr} of an overlay with redirect_dir, metacopy or xattr_permissions, "
+                    "which cannot be followed here: mount it with that overlay, and copy what you need",
+                    name,
+                )
 
     def make_opaque(self, fd: int) -> None:
         """Have a directory hide all of the lower one's. Raises OSError."""
-        if sum(self._set(fd, xattr) for xattr in self.opaque):
-            return
-        os.close(os.open(OPAQUE_FILE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=fd))
+        if not sum(self._set(fd, xattr) for xattr in self.opaque):
+            _touch(fd, OPAQUE_FILE)
 
     def make_whiteout(self, directory: int, name: bytes) -> None:
         """Make a whiteout of the kernel's form under a name that is free."""
@@ -156,7 +193,7 @@ class Marks:
         """Say by a file `.wh.NAME` that `name` is not to be seen; it may be said already. Raises ENAMETOOLONG."""
         if len(name) + len(PREFIX) > 255:
             raise OSError(errno.ENAMETOOLONG, "the name is too long for a `.wh.` file, which has to hide it", name)
-        os.close(os.open(PREFIX + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=directory))
+        _touch(directory, PREFIX + name)
 
     def unhide(self, directory: int, name: bytes) -> None:
         """Take that back."""

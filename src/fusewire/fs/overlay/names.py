@@ -3,7 +3,8 @@
 Layer `fs`, a part of `fs.overlay`. Where a name of the lower filesystem is in question, the upper directory goes from
 one state that is right to another by a single rename(2): what is new is made under a temporary name in the same
 directory (so that it gets its group, its default ACL and its owner there), and whiteouts are exchanged with what they
-are to take the place of. A server that is killed in between leaves temporary names, which no listing shows.
+are to take the place of. A server that is killed in between leaves temporary names, which no listing shows. Where the
+filesystem can neither exchange nor leave a whiteout, that takes steps; a `.wh.` file hides the lower name meanwhile.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 _FREE, _WHITEOUT, _TAKEN = range(3)
+# What rename(2) gives for flags that a filesystem (EINVAL), a kernel or a sandbox does not have.
+_NO_FLAGS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class Names(Directories):
@@ -56,13 +59,12 @@ class Names(Directories):
     def _whiteout(self, parent: Node, name: bytes) -> None:
         """Have a name of the lower filesystem be gone; whatever the upper one has by it that is no directory goes."""
         marks = self._marks
-        fd = self._upper.reach(parent.upper)
         if not marks.devices:
-            marks.hide(fd.number, name)
-            self._hidden(parent).add(name)
+            self._hide(parent, name)
             if self._state(parent, name) == _TAKEN:
                 self._upper.unlink(OURSELVES, parent.upper, name)
             return
+        fd = self._upper.reach(parent.upper)
         if self._state(parent, name) == _FREE:
             marks.make_whiteout(fd.number, name)
             return
@@ -74,10 +76,25 @@ class Names(Directories):
             os.unlink(temporary, dir_fd=fd.number)
             raise
 
+    def _hide(self, parent: Node, name: bytes) -> None:
+        """Hide a lower name by a `.wh.` file. Raises ENAMETOOLONG."""
+        fd = self._upper.reach(parent.upper)
+        self._marks.hide(fd.number, name)
+        self._hidden(parent).add(name)
+
+    def _guard(self, parent: Node, name: bytes) -> None:
+        """Hide a lower name while what hides it is replaced in several steps; `_unhide` ends that."""
+        try:
+            self._hide(parent, name)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # then a crash may bring the lower one back
+                raise
+
     def _unhide(self, parent: Node, name: bytes) -> None:
         """Remove the `.wh.` file of a name that the upper directory has now."""
         if parent.hidden and name in parent.hidden:
-            self._marks.unhide(self._upper.reach(parent.upper).number, name)
+            fd = self._upper.reach(parent.upper)
+            self._marks.unhide(fd.number, name)
             parent.hidden.discard(name)
 
     # Making
@@ -101,16 +118,25 @@ class Names(Directories):
         made = make(parent.upper, temporary)
         try:
             if directory:
-                self._hide_below(parent, temporary)
-            flags = files.RENAME_EXCHANGE if directory and state == _WHITEOUT else 0
-            self._replace(parent, temporary, name, flags)
+                self._make_opaque(parent, temporary)
+            self._replace(parent, temporary, name, directory and state == _WHITEOUT)
         except OSError:
+            self._undo(made)
             (self._upper.rmdir if directory else self._upper.unlink)(OURSELVES, parent.upper, temporary)
             raise
         self._unhide(parent, name)
         return made
 
-    def _hide_below(self, parent: Node, name: bytes) -> None:
+    def _undo(self, made: Any) -> None:
+        """Give back what the upper filesystem has counted, and opened, for what it has made."""
+        reply, opened = made if type(made) is tuple else (made, None)
+        found = entry_of(reply)
+        assert found is not None
+        if opened is not None:
+            self._upper.release(found[0], opened[0], 0, 0, 0)
+        self._upper.forget(found[0], 1)
+
+    def _make_opaque(self, parent: Node, name: bytes) -> None:
         """Make a new directory opaque."""
         found = self._upper.find(parent.upper, name)
         assert found is not None
@@ -120,26 +146,33 @@ class Names(Directories):
         finally:
             self._upper.forget(found[0], 1)
 
-    def _replace(self, parent: Node, temporary: bytes, name: bytes, flags: int) -> None:
-        """Put what has a temporary name in the place of a whiteout."""
+    def _replace(self, parent: Node, temporary: bytes, name: bytes, exchange: bool) -> None:
+        """Put what has a temporary name in the place of a whiteout, over which only a file can be renamed."""
         above = parent.upper
-        try:
-            self._upper.rename(OURSELVES, above, temporary, above, name, flags)
-        except OSError as error:
-            if not flags or error.errno != errno.EINVAL:
-                raise
-            # A filesystem that cannot exchange: for a moment there is neither.
+        if exchange and not self._exchange_upper(above, temporary, above, name):
+            self._guard(parent, name)
             self._upper.unlink(OURSELVES, above, name)
-            self._upper.rename(OURSELVES, above, temporary, above, name, 0)
-            return
-        if flags:
+            exchange = False
+        if exchange:
             self._upper.unlink(OURSELVES, above, temporary)
+        else:
+            self._upper.rename(OURSELVES, above, temporary, above, name, 0)
+
+    def _exchange_upper(self, above: int, name: bytes, below: int, newname: bytes) -> bool:
+        """Exchange two names in the upper filesystem; False if it cannot do that."""
+        try:
+            self._upper.rename(OURSELVES, above, name, below, newname, files.RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno in _NO_FLAGS:
+                return False
+            raise
+        return True
 
     def _made(self, parent: Node, name: bytes, reply: Any) -> bytes:
         """Answer with what the upper filesystem has made."""
         found = entry_of(reply)
         assert found is not None
-        return self._entry(*self._found_above(parent, name, found))
+        return self._entry(*self._found_above(parent, name, found, True))
 
     def _make_entry(
         self, parent: int, name: bytes, make: Callable[[int, bytes], Any], *, directory: bool = False
@@ -219,32 +252,30 @@ class Names(Directories):
         if not node.upper:
             self._whiteout(parent, name)
             return
-        if not covers:
-            self._clear(node)
-            self._upper.rmdir(OURSELVES, parent.upper, name)
-            return
         marks = self._marks
         fd = self._upper.reach(parent.upper)
-        if not marks.devices:
-            marks.hide(fd.number, name)
-            self._hidden(parent).add(name)
-            self._clear(node)
-            self._upper.rmdir(OURSELVES, parent.upper, name)
-            return
-        temporary = marks.temporary()
-        marks.make_whiteout(fd.number, temporary)
-        try:
-            self._upper.rename(OURSELVES, parent.upper, temporary, parent.upper, name, files.RENAME_EXCHANGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                os.unlink(temporary, dir_fd=fd.number)
-                raise
-            self._clear(node)
-            self._upper.rmdir(OURSELVES, parent.upper, name)
-            os.rename(temporary, name, src_dir_fd=fd.number, dst_dir_fd=fd.number)
-            return
+        whiteout = covers and marks.devices
+        if whiteout:
+            temporary = marks.temporary()
+            marks.make_whiteout(fd.number, temporary)
+            exchanged = False
+            try:
+                exchanged = self._exchange_upper(parent.upper, temporary, parent.upper, name)
+            finally:
+                if not exchanged:
+                    os.unlink(temporary, dir_fd=fd.number)
+            if exchanged:
+                self._clear(node)
+                self._upper.rmdir(OURSELVES, parent.upper, temporary)
+                return
+            self._guard(parent, name)
+        elif covers:
+            self._hide(parent, name)
         self._clear(node)
-        self._upper.rmdir(OURSELVES, parent.upper, temporary)
+        self._upper.rmdir(OURSELVES, parent.upper, name)
+        if whiteout:
+            marks.make_whiteout(fd.number, name)
+            self._unhide(parent, name)
 
     # Moving
 
@@ -303,14 +334,10 @@ class Names(Directories):
         with self._names:
             for node, place, called in ((one, below, newname), (other, above, name)):
                 if node.kind == stat.S_IFDIR and self._covers(place, called):
-                    self._marks.make_opaque(self._upper.reach(node.upper).number)
+                    self._opaque(node)
             self._upper.rename(OURSELVES, above.upper, name, below.upper, newname, files.RENAME_EXCHANGE)
-            self._put(one, below, newname)
-            self._put(other, above, name)
-
-    def _put(self, node: Node, parent: Node, name: bytes) -> None:
-        node.name = name
-        self._nodes.place(node, parent, name)
+            self._nodes.place(one, below, newname)
+            self._nodes.place(other, above, name)
 
     def _move(self, above: Node, name: bytes, moved: Node, below: Node, newname: bytes, other: Node | None) -> None:
         directory = moved.kind == stat.S_IFDIR
@@ -324,39 +351,46 @@ class Names(Directories):
                 if below.lower and self._lower.has(below.lower, newname):
                     self._opaque(moved)  # what comes there must not be merged with what was removed
                 if other is not None and other.upper:
+                    if other.lower and not self._marks.opaque:
+                        self._guard(below, newname)  # the file that makes it opaque is in the way too
                     self._clear(other)
             self._rename_upper(above, name, below, newname, leaves, state if directory else _FREE)
             self._unhide(below, newname)
             if other is not None and (other.kind == stat.S_IFDIR or not other.upper):
                 self._nodes.removed(other)
-            self._put(moved, below, newname)
+            self._nodes.place(moved, below, newname)
 
     def _opaque(self, node: Node) -> None:
-        self._marks.make_opaque(self._upper.reach(node.upper).number)
+        fd = self._upper.reach(node.upper)
+        self._marks.make_opaque(fd.number)
 
     def _rename_upper(self, above: Node, name: bytes, below: Node, newname: bytes, leaves: bool, state: int) -> None:
         """Move a name in the upper filesystem, and leave a whiteout if `leaves`.
 
         state: what a directory that is moved meets there; over a whiteout it cannot be renamed but exchanged.
         """
-        upper, marks = self._upper, self._marks
-        if leaves and not marks.devices:
+        upper = self._upper
+        if leaves and not self._marks.devices:
             # First: a crash after it leaves a name that is there, with a mark that counts for the lower one only.
-            marks.hide(upper.reach(above.upper).number, name)
-            self._hidden(above).add(name)
+            self._hide(above, name)
             leaves = False
         if state == _WHITEOUT:
-            upper.rename(OURSELVES, above.upper, name, below.upper, newname, files.RENAME_EXCHANGE)
-            if not leaves:
-                os.unlink(name, dir_fd=upper.reach(above.upper).number)
-            return
-        if not leaves:
-            upper.rename(OURSELVES, above.upper, name, below.upper, newname, 0)
-            return
-        try:
-            upper.rename(OURSELVES, above.upper, name, below.upper, newname, files.RENAME_WHITEOUT)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EPERM):
-                raise
-            upper.rename(OURSELVES, above.upper, name, below.upper, newname, 0)
-            marks.make_whiteout(upper.reach(above.upper).number, name)
+            if self._exchange_upper(above.upper, name, below.upper, newname):
+                if not leaves:
+                    upper.unlink(OURSELVES, above.upper, name)
+                return
+            self._guard(below, newname)
+            upper.unlink(OURSELVES, below.upper, newname)
+        if leaves:
+            try:
+                upper.rename(OURSELVES, above.upper, name, below.upper, newname, files.RENAME_WHITEOUT)
+                return
+            except OSError as error:
+                if error.errno not in _NO_FLAGS and error.errno != errno.EPERM:
+                    raise
+            self._guard(above, name)
+        upper.rename(OURSELVES, above.upper, name, below.upper, newname, 0)
+        if leaves:
+            fd = upper.reach(above.upper)
+            self._marks.make_whiteout(fd.number, name)
+            self._unhide(above, name)

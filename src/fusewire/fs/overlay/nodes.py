@@ -134,11 +134,16 @@ class Nodes:
         node.lookups -= nlookup
         self._end(node)
 
-    def _end(self, node: Node) -> None:
-        if node.lookups > 0 or node.children or node is self.root or self._nodes.pop(node.nodeid, None) is None:
-            return
-        self._unkey(node)
-        if self._upper.get(node.upper) is node:
-            del self._upper[node.upper]
-        self._drop(node)
-        self.place(node, None, node.name)
+    def _end(self, node: Node | None) -> None:
+        """End a node that nobody needs any more, and then those above it that were kept for it alone."""
+        while node is not None and node.lookups <= 0 and not node.children and node is not self.root:
+            if self._nodes.pop(node.nodeid, None) is None:
+                return
+            self._unkey(node)
+            if self._upper.get(node.upper) is node:
+                del self._upper[node.upper]
+            self._drop(node)
+            above, node.parent = node.parent, None
+            if above is not None:
+                above.children -= 1
+            node = above

@@ -140,32 +140,33 @@ class Names(Watch):
         nodes = self.nodes
         above, below = nodes.get(parent), nodes.get(newparent)
         source, target = nodes.fd(above), nodes.fd(below)
-        moved = nodes.at(source, name)
         self._changing(above, name)
         self._changing(below, newname)
         other: Node | None = None
         kept: Node | None = None
-        if flags & files.RENAME_EXCHANGE:
-            other = nodes.at(target, newname)
-        elif not flags & files.RENAME_NOREPLACE:
-            kept = nodes.keep(target, newname)
-        person = self._as(caller) if flags & files.RENAME_WHITEOUT else None
-        try:
-            if flags:
-                files.renameat2(source.number, name, target.number, newname, flags)
-            else:
-                os.rename(name, newname, src_dir_fd=source.number, dst_dir_fd=target.number)
-        except OSError:
-            if kept is not None:
-                kept.pinned = False
-            raise
-        finally:
-            if person is not None:
-                person.leave()
-        if moved is not None:
-            moved.parent, moved.name = below, newname
-        if other is not None:
-            other.parent, other.name = above, name
+        with nodes.moving:
+            moved = nodes.at(source, name)
+            if flags & files.RENAME_EXCHANGE:
+                other = nodes.at(target, newname)
+            elif not flags & files.RENAME_NOREPLACE:
+                kept = nodes.keep(target, newname)
+            person = self._as(caller) if flags & files.RENAME_WHITEOUT else None
+            try:
+                if flags:
+                    files.renameat2(source.number, name, target.number, newname, flags)
+                else:
+                    os.rename(name, newname, src_dir_fd=source.number, dst_dir_fd=target.number)
+            except OSError:
+                if kept is not None:
+                    kept.pinned = False
+                raise
+            finally:
+                if person is not None:
+                    person.leave()
+            if moved is not None:
+                moved.parent, moved.name = below, newname
+            if other is not None:
+                other.parent, other.name = above, name
 
     def _umask(self, mask: int) -> Umask | NoUmask:
         if not self.flags & abi.FUSE_DONT_MASK:

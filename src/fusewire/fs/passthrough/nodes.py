@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
-from _thread import allocate_lock
+from _thread import RLock, allocate_lock
 from typing import TYPE_CHECKING, Any
 
 from fusewire.inodes import InodeTable
@@ -116,6 +116,9 @@ class Nodes:
         self._mounts: dict[bytes, Fd] = {}
         self._held: dict[Node, None] = {}  # nodes with a descriptor, the longest held first
         self._lock = allocate_lock()  # over _held and _mounts, where more than one step belongs together
+        # Held by who moves names: between rename(2) and the note of it a node without a descriptor is nowhere. Who does
+        # not find one in its place looks once more when it has arrived.
+        self.moving = RLock()
 
     def identity(self, status: Status) -> Key:
         """Give what tells an inode from all others: its number, its device and mount, and its time of birth.
@@ -161,6 +164,15 @@ class Nodes:
 
     def open_directory(self, node: Node) -> Fd:
         """Open a directory for real, to be listed. Raises as `fd` does, and what open(2) does."""
+        try:
+            return self._open_directory(node)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        with self.moving:
+            return self._open_directory(node)
+
+    def _open_directory(self, node: Node) -> Fd:
         self.reserve()
         parent = node.parent
         above = None if node.fd is not None or node.handle is not None or parent is None else parent.fd
@@ -192,6 +204,16 @@ class Nodes:
     def _reopen(self, node: Node) -> tuple[Fd, Status]:
         if node.handle is not None:
             return self._open_handle(node)
+        try:
+            return self._walk_to(node)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        with self.moving:
+            return self._walk_to(node)
+
+    def _walk_to(self, node: Node) -> tuple[Fd, Status]:
+        """Open what lies between the node and one above it that has a descriptor."""
         chain = []
         at: Node | None = node
         found: Fd | None = None
