@@ -9,11 +9,15 @@ import json
 import lzma
 import os
 import random
+import resource
 import stat
 import struct
 import tarfile
 import threading
+import tracemalloc
+import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from archive_trees import make_tree, need, on_disk, opened, refused, run, same, served
-from fusewire.formats import archive_streams
+from fusewire.formats import archive_streams, archive_tree, archive_zstd
 from fusewire.formats.archive_points import FARTHEST, points_of
 from fusewire.formats.archive_streams import CHUNK, Decoder, Stream
 from fusewire.fs import archive as archive_module
 from fusewire.fs.archive import recognise
+from fusewire.fs.archive_data import Native
 from fusewire.ops import FileRange
 from fusewire.testing import body_of
 from fusewire.wire import abi
@@ -160,13 +165,11 @@ COMPRESSORS: dict[str, tuple[str | Callable[[Path, Path], None], str]] = {
 
 def compress(kind: str, plain: Path, out: Path) -> Path:
     how = COMPRESSORS[kind][0]
-    if kind.startswith("zst"):
-        try:
-            archive_streams.zstd_module()
-        except OSError:
-            pytest.skip("no zstd module: backports.zstd is missing")
     if callable(how):
-        how(plain, out)
+        try:
+            how(plain, out)
+        except ImportError:
+            pytest.skip("no zstd module: backports.zstd is missing")
     else:
         need(kind.partition("-")[0].replace("gz", "gzip").replace("bz2", "bzip2").replace("zst", "zstd"))
         run("sh", "-c", how.format(plain, out))
@@ -227,6 +230,30 @@ def test_plain_data_are_given_as_ranges_of_the_file(tmp_path: Path) -> None:
         assert os.pread(found.fd, found.size, found.offset) == text(100_000)[1000:6000]
 
 
+@pytest.mark.parametrize("form", ["tar", "gz", "zip"])
+def test_an_archive_that_is_replaced_stays_and_one_that_is_cut_off_is_an_error(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("f", noise(300_000))
+    else:
+        tar(path, ("f", noise(300_000)))
+    if form == "gz":
+        path = compress("gz", path, tmp_path / "a.gz")
+    with opened(path) as (_, kernel):
+        nodeid = kernel.lookup(1, b"f").nodeid
+        path.rename(tmp_path / "old")
+        path.write_bytes(b"something else")
+        assert kernel.read(nodeid, 0, 200_000, 5000) == noise(300_000)[200_000:205_000]
+    with opened(tmp_path / "old") as (_, kernel):
+        os.truncate(tmp_path / "old", 150_000)
+        if form == "gz":
+            return  # what is decompressed already may be given
+        assert kernel.read(nodeid, 0, 0, 5000) == noise(300_000)[:5000]
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            kernel.read(nodeid, 0, 200_000, 5000)
+
+
 def test_an_archive_may_begin_behind_something_else(tmp_path: Path) -> None:
     plain = tar(tmp_path / "a.tar", ("f", text(100_000)))
     for name, data in (("plain", plain.read_bytes()), ("gz", gzip.compress(plain.read_bytes()))):
@@ -255,6 +282,36 @@ def test_copies_of_zlibs_state_make_far_places_near(monkeypatch: pytest.MonkeyPa
     reads.clear()
     assert b"".join(stream.read(5_000_000, 10)) == data[5_000_000:5_000_010]
     assert min(reads) > 2_000_000
+
+
+def test_what_is_kept_for_a_place_to_begin_is_zlibs_state_and_little_else() -> None:
+    packed = gzip.compress(noise(12_000_000), 1)
+    points = points_of("gz", lambda offset, size: packed[offset : offset + size], len(packed))
+    assert points is not None
+    stream = Stream(points, archive_streams.Chunks(1), copies=100)
+    stream.read(0, 1)
+    tracemalloc.start()
+    try:
+        stream.read(11_900_000, 1)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(points) > 20
+    assert held / len(points) < 64 << 10
+
+
+@pytest.mark.parametrize("size", [6_000_000, 12_000_000])
+def test_rapidgzip_is_given_places_to_begin_that_are_near_to_each_other(tmp_path: Path, size: int) -> None:
+    pytest.importorskip("rapidgzip", reason="the library of the extra `archives` is missing")
+    packed = compress("gz", tar(tmp_path / "a.tar", ("f", noise(size))), tmp_path / "a")
+    with opened(packed, cache=str(tmp_path / "cache")):
+        pass
+    with opened(packed, cache=str(tmp_path / "cache")) as (filesystem, kernel):
+        assert kernel.read(kernel.lookup(1, b"f").nodeid, 0, size - 5, 100) == noise(size)[-5:]
+        reader = filesystem._reader
+        assert isinstance(reader, Native)
+        places = sorted(reader._file.block_offsets().values())
+        assert max(after - before for before, after in pairwise(places)) < 1 << 20
 
 
 def test_holes_are_found_by_lseek(tmp_path: Path) -> None:
@@ -586,6 +643,60 @@ def test_a_sparse_map_that_lies_is_refused(tmp_path: Path) -> None:
         refused(path, "damaged archive")
 
 
+def test_names_of_directories_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_tree, "_IMPLIED", 4000)
+    with opened(tar(tmp_path / "deep.tar", ("a/" * 3000 + "f", b"deep"))) as (_, kernel):
+        nodeid = 1
+        for _ in range(3000):
+            nodeid = kernel.lookup(nodeid, b"a").nodeid
+        assert kernel.read(kernel.lookup(nodeid, b"f").nodeid, 0, 0, 10) == b"deep"
+    wide = tar(tmp_path / "a.tar", *((f"{number}/" + "a/" * 3000 + "f", b"") for number in range(4)))
+    assert refused(wide, "too many directories").errno == errno.EFBIG
+
+
+def test_links_to_paths_of_links_cost_no_more_than_forty(tmp_path: Path) -> None:
+    links = [member("l0", tarfile.SYMTYPE, ".")]
+    links += [member(f"l{n}", tarfile.SYMTYPE, "/".join([f"l{n - 1}"] * 300)) for n in range(1, 12)]
+    found = paths(tar(tmp_path / "a.tar", *links, ("l1/f", b""), ("l0/g", b"g")))
+    assert found["g"] == b"g"
+    assert sorted(found) == sorted([*(f"l{n}" for n in range(12)), "g"])  # l1 leads through 300 links
+
+
+def test_a_long_chain_of_hard_links_forward_is_followed(tmp_path: Path) -> None:
+    chain = [member(f"h{n:03}", tarfile.LNKTYPE, f"h{n + 1:03}") for n in range(500)]
+    with opened(tar(tmp_path / "a.tar", *chain, ("h500", b"end"))) as (filesystem, kernel):
+        assert filesystem.notes == []
+        assert kernel.lookup(1, b"h000").attr[10] == 501
+        assert kernel.read_file(b"h000") == b"end"
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@pytest.mark.parametrize("size", ["-5", "-600", str(1 << 70), "100000"])
+def test_an_impossible_size_never_hides_a_member(tmp_path: Path, place: str, size: str) -> None:
+    wrong = member("wrong", tarfile.REGTYPE, pax_headers={"size": size})
+    members: list[tuple[str, bytes] | tarfile.TarInfo] = [("f", b"1"), ("g", b"2")]
+    members.insert({"first": 0, "middle": 1, "last": 2}[place], wrong)
+    refused(tar(tmp_path / "a.tar", *members, form=tarfile.PAX_FORMAT), "damaged archive")
+
+
+def test_a_file_of_very_many_pieces_is_read_at_once(tmp_path: Path) -> None:
+    count = 50_000
+    held = b"%d\n" % count + b"".join(b"%d\n1\n" % (2 * number) for number in range(count))
+    held += bytes(-len(held) % 512)
+    info = tarfile.TarInfo("f")
+    info.size = len(held) + count
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2 * count)}
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(info, io.BytesIO(held + b"x" * count))
+    with opened(path) as (filesystem, kernel):
+        entry = kernel.lookup(1, b"f")
+        assert entry.attr[2] == (count + 511) // 512
+        assert kernel.read_file(b"f") == b"x\0" * count
+        assert len(filesystem.read(entry.nodeid, 0, 999, 70_000, 0, 0, 0)) == 1
+        assert kernel.read(entry.nodeid, 0, 999, 4) == b"\0x\0x"
+
+
 def test_a_bomb_costs_what_is_read_of_it(tmp_path: Path) -> None:
     path = tmp_path / "bomb.tar.xz"
     huge = 80 << 20
@@ -677,6 +788,23 @@ def test_a_reader_that_gives_up_is_let_go_and_others_go_on(tmp_path: Path) -> No
             assert kernel.finish(unique) == bytes([(begin + at) % 251]) * 10
 
 
+def test_no_memory_for_one_reader_is_no_end_for_the_others(tmp_path: Path) -> None:
+    class Short(Slow):
+        def read(self, offset: int, length: int) -> list[bytes]:
+            if length == 10:
+                raise MemoryError
+            return super().read(offset, length)
+
+    with opened(tar(tmp_path / "a.tar", ("f", text(100_000)))) as (filesystem, kernel):
+        slow = filesystem._reader = Short()
+        nodeid = kernel.lookup(1, b"f").nodeid
+        started = [kernel.start(abi.FUSE_READ, nodeid, body_of("read", 0, 0, size, 0, 0, 0)) for size in (10, 11)]
+        slow.near.set()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+            kernel.finish(started[0])
+        assert len(kernel.finish(started[1])) == 11
+
+
 def test_who_waits_when_it_is_unmounted_gets_an_answer(tmp_path: Path) -> None:
     with opened(tar(tmp_path / "a.tar", ("f", text(100_000)))) as (filesystem, kernel):
         filesystem._reader = Slow()
@@ -686,14 +814,49 @@ def test_who_waits_when_it_is_unmounted_gets_an_answer(tmp_path: Path) -> None:
         kernel.finish(started)
 
 
+def no_zstd_module() -> Any:
+    raise ModuleNotFoundError("No module named 'backports.zstd'", name="backports.zstd")
+
+
 def test_without_a_library_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
-        raise archive_streams.ArchiveError(errno.ENOPKG, f"no zstd decompressor: {archive_streams.INSTALL}")
+        raise OSError("libzstd.so.1: cannot open shared object file: No such file or directory")
 
-    monkeypatch.setattr(archive_streams, "zstd_module", missing)
+    monkeypatch.setattr(archive_streams, "zstd_module", no_zstd_module)
+    monkeypatch.setattr(archive_zstd, "libzstd", missing)
     path = tmp_path / "a.tar.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(100))
-    assert refused(path, r"pip install 'fusewire\[archives\]'").errno == errno.ENOPKG
+    assert refused(path, r"pip install 'fusewire\[archives\]', or install Debian's libzstd1").errno == errno.ENOPKG
+
+
+@pytest.fixture
+def only_libzstd(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        archive_zstd.libzstd()
+    except OSError:
+        pytest.skip("libzstd.so.1 is missing")
+    monkeypatch.setattr(archive_streams, "zstd_module", no_zstd_module)
+
+
+@pytest.mark.parametrize("kind", ["zst-frames", "zst-pipe"])
+def test_the_systems_libzstd_is_enough(tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    data = text(1_000_000) * 3 + noise(300_000)
+    packed = compress(kind, tar(tmp_path / "a.tar", ("f", data)), tmp_path / "a")
+    request.getfixturevalue("only_libzstd")
+    with opened(packed) as (_, kernel):
+        assert kernel.read_file(b"f") == data
+        nodeid = kernel.lookup(1, b"f").nodeid
+        for offset in (2_999_999, 5, 1_234_567):
+            assert kernel.read(nodeid, 0, offset, 70_000) == data[offset : offset + 70_000]
+
+
+@pytest.mark.usefixtures("only_libzstd")
+def test_libzstd_refuses_what_is_damaged_cut_off_or_wants_too_much_memory(tmp_path: Path) -> None:
+    whole = compress("zst-pipe", tar(tmp_path / "a.tar", ("f", text(500_000))), tmp_path / "a").read_bytes()
+    wide = whole[:4] + bytes([whole[4] & ~0x20, 20 << 3]) + whole[6:]  # a window of 1 GiB
+    for name, data in (("flip", whole[:20] + b"\xff\xff" + whole[22:]), ("cut", whole[:-20]), ("wide", wide)):
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, "damaged archive|not an archive")
 
 
 # -- The cache of indexes
@@ -780,6 +943,76 @@ def test_a_cache_file_holds_nothing_but_data(tmp_path: Path) -> None:
         pass
     (index,) = cache.iterdir()
     assert json.loads(index.read_bytes().rpartition(b"[")[1] + index.read_bytes().rpartition(b"[")[2]) == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ctrl_c_while_the_index_is_built_leaves_nothing_behind(tmp_path: Path, packed: bool) -> None:
+    archive = tar(tmp_path / "a.tar", *((f"f{number}", noise(9000, number)) for number in range(50)))
+    if packed:
+        archive = compress("gz", archive, tmp_path / "a.tar.gz")
+    before = [len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with (  # the failure keeps all frames, as at the end of a program
+        pytest.raises(KeyboardInterrupt) as failure,
+        opened(archive, cache=str(tmp_path / "cache"), progress=stop),
+    ):
+        pass
+    assert [len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")] == before, failure
+    assert not (tmp_path / "cache").exists()
+
+
+def test_ctrl_c_or_a_full_disk_while_the_index_is_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    archive = tar(tmp_path / "a.tar", ("f", b"data"))
+    real = os.write
+
+    def interrupted(fd: int, data: bytes) -> int:
+        real(fd, data)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt), opened(archive, cache=str(cache)):
+            pass
+    assert list(cache.iterdir()) == []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # a write beyond it is cut off, and fails then
+    try:
+        with opened(archive, cache=str(cache)) as (_, kernel):
+            assert kernel.read_file(b"f") == b"data"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(cache.iterdir()) == []
+
+
+def test_two_that_index_the_same_archive_do_not_disturb_each_other(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    archive = tar(tmp_path / "a.tar", ("f", b"data"), ("g", b"more"))
+    inner = 0
+
+    def meanwhile(done: int, total: int) -> None:
+        nonlocal inner
+        with opened(archive, cache=cache) as (_, kernel):
+            inner += kernel.read_file(b"g") == b"more"
+
+    with opened(archive, cache=cache, progress=meanwhile) as (_, kernel):
+        assert kernel.read_file(b"f") == b"data"
+    assert inner == 2
+    (index,) = os.listdir(cache)
+    assert index.endswith(".index")
+
+
+def test_the_index_of_an_archive_that_is_being_written_is_not_kept(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    archive = tar(tmp_path / "a.tar", ("f", b"data"))
+    with opened(archive, cache=str(cache), progress=lambda *_: os.utime(archive)) as (_, kernel):
+        assert kernel.read_file(b"f") == b"data"
+    assert not cache.exists()
 
 
 def test_many_members_take_little_memory(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from e2e import USER, World
+from fusewire.cli import progress
 
 KINDS = {
     "tar": ["tar", "-cf"],
@@ -50,3 +52,20 @@ def test_damaged_archive_is_refused_by_name(world: World) -> None:
     assert done.returncode == 125
     assert "bad.tar.gz" in done.stderr
     assert world.records() == []
+
+
+def test_progress_is_silent_in_a_pipe_and_clears_its_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_FIRST", 0)
+    for make, wanted in ((os.pipe, b""), (pty.openpty, b"\ra.tar [############............]  50 %\r\x1b[K")):
+        ours, theirs = make()
+        try:
+            with progress.Progress("a.tar", theirs) as told:
+                told(1, 2)
+            os.set_blocking(ours, False)
+            try:
+                assert os.read(ours, 1000) == wanted
+            except BlockingIOError:
+                assert wanted == b""
+        finally:
+            os.close(ours)
+            os.close(theirs)

@@ -43,7 +43,7 @@ class Progress:
         filled = int(part * _BAR)
         text = f" [{'#' * filled}{'.' * (_BAR - filled)}] {int(part * 100):3} %"
         try:
-            width = os.get_terminal_size(self._fd).columns
+            width = os.get_terminal_size(self._fd).columns or 80  # a serial line knows none
         except OSError:
             width = 80
         room = max(0, width - len(text) - 1)

@@ -41,8 +41,9 @@ if TYPE_CHECKING:
         def approach(self, offset: int, length: int) -> bool: ...
 
 
-CHUNK = 128 << 10  # what is cached, and the most that is read or decompressed at a time
-SPACING = 4 << 20  # bytes between copies of a zlib state, at first: 15 ms of work
+CHUNK = 128 << 10  # what is cached, and the most that is decompressed at a time
+_INPUT = 16 << 10  # the most that is read at a time: a copy of zlib's state holds on to what is left of it
+SPACING = 512 << 10  # bytes between copies of a zlib state, at first: 2 ms of work
 _STRIDE = 8 << 20  # how much is decompressed in one go: tens of milliseconds, or some hundred for xz
 _CURSORS = 3  # readers of one stream that each go forward for themselves
 LZMA_MEMORY = 256 << 20  # `xz -9` needs 65 MiB
@@ -65,14 +66,11 @@ def damaged(text: str) -> ArchiveError:
 
 
 def zstd_module() -> Any:
-    """The standard library's zstd module, or the package that is the same. Raises ArchiveError that says how."""
+    """The standard library's zstd module, or the package that is the same. Raises ImportError."""
     try:
         from compression import zstd
     except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise ArchiveError(errno.ENOPKG, f"no zstd decompressor is installed: {INSTALL}") from None
+        from backports import zstd
     return zstd
 
 
@@ -98,7 +96,16 @@ def maker(kind: str) -> tuple[Callable[[], Any], tuple[type[BaseException], ...]
             return bz2.BZ2Decompressor, (OSError, ValueError)
     except ImportError as error:
         raise ArchiveError(errno.ENOPKG, f"this Python was built without {error.name}: use one that has it") from None
-    zstd = zstd_module()
+    try:
+        zstd = zstd_module()
+    except ImportError:
+        from fusewire.formats.archive_zstd import LibzstdError, libzstd
+
+        try:
+            return libzstd(), (LibzstdError,)
+        except (ImportError, OSError, AttributeError):
+            text = f"no zstd decompressor is installed: {INSTALL}, or install Debian's libzstd1"
+            raise ArchiveError(errno.ENOPKG, text) from None
     options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     return lambda: zstd.ZstdDecompressor(options=options), (zstd.ZstdError,)
 
@@ -126,11 +133,14 @@ class Decoder:
         self._data = prefix
 
     def copy(self) -> Decoder:
-        """A decoder that goes on from here by itself. Only for zlib, whose state can be copied."""
+        """A decoder that goes on from here by itself. Only for zlib, whose state can be copied.
+
+        What was read and not used yet is read again: kept, it would be larger than the state.
+        """
         other = Decoder.__new__(Decoder)
-        other._pread, other.position, other._end = self._pread, self.position, self._end
+        other._pread, other.position, other._end = self._pread, self.position - len(self._data), self._end
         other._kind, other._make, other._errors, other._joined = self._kind, self._make, self._errors, self._joined
-        other._stream, other._data = self._stream.copy(), self._data
+        other._stream, other._data = self._stream.copy(), b""
         return other
 
     def more(self, limit: int) -> bytes:
@@ -145,7 +155,7 @@ class Decoder:
             data = self._data
             hungry = not data and (inflates or stream.needs_input)
             if hungry and self.position < self._end:
-                data = self._pread(self.position, min(CHUNK, self._end - self.position))
+                data = self._pread(self.position, min(_INPUT, self._end - self.position))
                 self.position += len(data)
             try:
                 out: bytes = stream.decompress(data, limit)
@@ -167,7 +177,7 @@ class Decoder:
         data = self._data
         while data or not self._stream.needs_input or self.position < self._end:
             if not data and self._stream.needs_input:
-                data = self._pread(self.position, min(CHUNK, self._end - self.position))
+                data = self._pread(self.position, min(_INPUT, self._end - self.position))
                 self.position += len(data)
                 if not data:
                     return
@@ -190,7 +200,7 @@ class Decoder:
                 rest = rest.lstrip(b"\0")  # padding, as on tapes
             if len(rest) >= 16 or self.position >= self._end:
                 break
-            more = self._pread(self.position, min(CHUNK, self._end - self.position))
+            more = self._pread(self.position, min(_INPUT, self._end - self.position))
             if not more:
                 break
             self.position += len(more)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from bisect import bisect_right
 from itertools import accumulate, pairwise
 from struct import Struct
 from struct import error as StructError  # noqa: N812
@@ -32,19 +33,20 @@ NAME_MAX = 255
 TARGET_MAX = 4095  # a link's target: PATH_MAX without its NUL
 _PATH_MAX = 1 << 16  # of a member's path: longer ones only make the index slow
 _SIZE_MAX = (1 << 63) - 1
-_DEPTH_MAX = 40  # symbolic links on the way to a member, path_resolution(7)
+_LINKS_MAX = 40  # symbolic links on the way to a member, one after another or in each other, path_resolution(7)
+_ROUNDS = 64  # of looking for hard links to hard links that come later
+_IMPLIED = 1 << 18  # directories that are only parts of names: two bytes of a name make one of 600 bytes of memory
 _MOST = 1 << 31  # members, and bytes of names or of extras: more than that do not fit the packed form
 
 # mode, nlink, uid, gid, rdev, nanoseconds of mtime; parent, first entry, count of entries; extras; size, mtime, data.
 NODE = Struct("<6I3IIQqQ4x")
 HEADER = Struct("<8sQQQQQ")  # magic, flags, nodes, entries, bytes of names, bytes of extras
-MAGIC = b"FWtree1\n"
+MAGIC = b"FWtree2\n"
 HAS_XATTRS = 1
 
 # Extras: (tag, length, value) one after another, a tag of 0 at the end.
 END, TARGET, SPARSE, XATTR, TIMES, PACKED = range(6)
 _EXTRA = Struct("<BI")
-_PAIR = Struct("<QQ")
 _TIMES = Struct("<qIqI")  # atime, its nanoseconds, ctime, its nanoseconds
 _PACKED = Struct("<HHIQ")  # zip: method, flags, CRC-32, compressed size
 
@@ -105,6 +107,7 @@ class Builder:
         self._directory_names: dict[int, bytes] = {}
         self.skipped: dict[str, tuple[int, bytes]] = {}
         self._mtime = mtime
+        self._implied = 0
         self._add_node(Member(S_IFDIR | 0o755, mtime=(mtime, 0)), 0, b"")
 
     def skip(self, reason: str, name: bytes) -> None:
@@ -139,8 +142,12 @@ class Builder:
         if member.target:
             out += _EXTRA.pack(TARGET, len(member.target)) + member.target
         if member.sparse is not None:
-            flat = array("Q", [number for pair in member.sparse for number in pair]).tobytes()
-            out += _EXTRA.pack(SPARSE, len(flat)) + flat
+            flat = array("Q")
+            stored = 0
+            for offset, length in member.sparse:
+                flat.extend((offset, length, stored))
+                stored += length
+            out += _EXTRA.pack(SPARSE, 8 * len(flat)) + flat.tobytes()
         for name, value in member.xattrs.items():
             self._flags |= HAS_XATTRS
             out += _EXTRA.pack(XATTR, len(name) + 1 + len(value)) + name + b"\0" + value
@@ -167,9 +174,14 @@ class Builder:
 
     # Paths
 
-    def _walk(self, words: list[bytes], make: bool, depth: int = 0) -> int | None:
-        """The directory at a path from the root; what is missing is made. None: something else is in the way."""
+    def _walk(self, words: list[bytes], make: bool, followed: list[int] | None = None) -> int | None:
+        """The directory at a path from the root; what is missing is made. None: something else is in the way.
+
+        `followed`: the symbolic links up to here, also those in links that are done with: links to paths of links would
+        otherwise take time without end.
+        """
         here = 0
+        followed = [] if followed is None else followed
         for word in words:
             if word in (b"", b"."):
                 continue
@@ -182,16 +194,21 @@ class Builder:
             if found is None:
                 if not make or not _is_name(word):
                     return None
+                self._implied += 1
+                if self._implied > _IMPLIED + len(self._names) // 2:
+                    text = "its names have too many directories that are no members themselves; unpack it instead"
+                    raise TreeError(errno.EFBIG, text)
                 found = names[word] = self._add_node(Member(S_IFDIR | 0o755, mtime=(self._mtime, 0)), here, word)
             elif self._names[found] is None:
                 target = self._target(found)
-                if target is None or depth >= _DEPTH_MAX:
+                if target is None or len(followed) >= _LINKS_MAX:
                     return None
+                followed.append(found)
                 start = [] if target.startswith(b"/") else self._path(here)
-                followed = self._walk(start + target.split(b"/"), False, depth + 1)
-                if followed is None:
+                inner = self._walk(start + target.split(b"/"), False, followed)
+                if inner is None:
                     return None
-                found = followed
+                found = inner
             here = found
         return here
 
@@ -300,11 +317,11 @@ class Builder:
     def pack(self) -> bytes:
         """Give everything in the form that `Tree` reads."""
         pending = self._links
-        while pending:  # links to links, in any order; what is left points nowhere or in circles
+        for _ in range(_ROUNDS):  # links to links, in any order; what is left points nowhere or in circles
             left = [(path, target) for path, target in pending if not self._link(path, target)]
             if len(left) == len(pending):
                 break
-            pending = left
+            pending = left[::-1]  # whole chains in one round, however they lie
         for path, _ in pending:
             self.skip("a hard link to what is not there", path)
         # Replaced members leave their numbers behind: only what can be reached from the root is written.
@@ -367,6 +384,35 @@ def _is_name(word: bytes) -> bool:
     return 0 < len(word) <= NAME_MAX and b"\0" not in word and word not in (b".", b"..")
 
 
+class Pieces:
+    """What is stored of a sparse file, in order: (offset in the file, length, offset in all that is stored).
+
+    There may be a million of them: nothing here takes longer for that.
+    """
+
+    __slots__ = ("_flat",)
+
+    def __init__(self, flat: memoryview) -> None:
+        self._flat = flat
+
+    def __len__(self) -> int:
+        return len(self._flat) // 3
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all of them."""
+        return self._flat[-2] + self._flat[-1] if len(self._flat) else 0
+
+    def since(self, offset: int) -> Iterator[tuple[int, int, int]]:
+        """Give those that end behind `offset` of the file."""
+        flat = self._flat
+        number = bisect_right(range(len(self)), offset, key=lambda number: flat[3 * number])
+        if number and flat[3 * number - 3] + flat[3 * number - 2] > offset:
+            number -= 1
+        for at in range(3 * number, len(flat), 3):
+            yield flat[at], flat[at + 1], flat[at + 2]
+
+
 class Tree:
     """The packed form of a tree. Nodes are numbered from 0, the root; entries of a directory are in archive order."""
 
@@ -425,7 +471,7 @@ class Tree:
                 high = middle
         return None
 
-    def extras(self, node: Node, tag: int) -> Iterator[bytes]:
+    def extras(self, node: Node, tag: int) -> Iterator[memoryview]:
         """Give the values of one kind of extra that a node has."""
         place = node[9]
         while place:
@@ -434,23 +480,23 @@ class Tree:
                 return
             place += _EXTRA.size
             if kind == tag:
-                yield bytes(self._extras[place : place + length])
+                yield self._extras[place : place + length]
             place += length
 
     def target(self, node: Node) -> bytes:
         """What a symbolic link holds."""
-        return next(self.extras(node, TARGET), b"")
+        return bytes(next(self.extras(node, TARGET), b""))
 
-    def sparse(self, node: Node) -> list[tuple[int, int]] | None:
-        """(offset, length) of what is stored of a sparse file; None: all of it is."""
+    def sparse(self, node: Node) -> Pieces | None:
+        """What is stored of a sparse file; None: all of it is."""
         flat = next(self.extras(node, SPARSE), None)
-        return None if flat is None else list(_PAIR.iter_unpack(flat))
+        return None if flat is None else Pieces(flat.cast("Q"))
 
     def xattrs(self, node: Node) -> dict[bytes, bytes]:
         """Extended attributes by name."""
         found = {}
         for value in self.extras(node, XATTR):
-            name, _, content = value.partition(b"\0")
+            name, _, content = bytes(value).partition(b"\0")
             found[name] = content
         return found
 

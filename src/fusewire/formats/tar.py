@@ -79,6 +79,8 @@ def index(read: Callable[[int, int], bytes], builder: Builder, step: Callable[[i
     try:
         # Any: the list of members and the map of holes are not in what type checkers know of tarfile.
         archive: Any = tarfile.TarFile(fileobj=_File(read), encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
+        if archive.firstmember is None and archive.offset:
+            raise damaged(f"a header before byte {archive.offset} is impossible")
         while (info := archive.next()) is not None:
             archive.members.clear()  # it would keep them all, at 1 KB each
             if info.issparse() and "size" in info.pax_headers:
@@ -95,9 +97,10 @@ def index(read: Callable[[int, int], bytes], builder: Builder, step: Callable[[i
         raise damaged(f"{error}, at byte {position}; is the file complete?") from None
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"a header that tarfile cannot read ({error}), near byte {position}") from None
-    rest = read(archive.offset, BLOCK)
-    if rest.strip(b"\0"):
-        raise damaged(f"what is at byte {archive.offset} is no tar header")
+    # tarfile takes an impossible size in an extended header for the end, once it has gone past the member.
+    rest = read(position, BLOCK)
+    if archive.offset != position or rest.strip(b"\0"):
+        raise damaged(f"what is at byte {position} is no tar header")
 
 
 def _add(info: Any, builder: Builder) -> None:

@@ -25,11 +25,12 @@ from fusewire.formats.archive_streams import (
     Point,
     Spooled,
     Stream,
+    damaged,
     maker,
 )
 from fusewire.formats.archive_tree import S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, Builder, Tree, TreeError
 from fusewire.fs.archive_cache import Cache, key_of
-from fusewire.fs.archive_data import SPOOL_SIZE, Joined, Native, Spool, SpoolFile, Waiting
+from fusewire.fs.archive_data import SPOOL_SIZE, Filled, Native, Spool, SpoolFile, Waiting
 from fusewire.ops import FOREVER, FileRange, Operations, Statfs
 from fusewire.wire.codec import ATTR_OUT, DIRENT, DIRENTPLUS, ENTRY_OUT, DirBuffer
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from fusewire.formats.archive_streams import Pread, Reader
-    from fusewire.formats.archive_tree import Node
+    from fusewire.formats.archive_tree import Node, Pieces
     from fusewire.ops import Buffer, Caller, Connection, Pending
 
     class ArchiveOptions(Protocol):
@@ -196,11 +197,8 @@ def _open(
 ) -> _Index:
     """Find the index in the cache, or build it."""
     import json
-    import time
 
-    status = os.fstat(file.fd)
-    # Times in zip archives are local ones.
-    key = key_of(status, kind, file.base, repr((time.tzname, time.timezone)) if kind == "zip" else "")
+    key = _key(file, kind)
     kept = cache.load(key)
     if kept is not None:
         head, _, places = kept[1].partition(b"\n")
@@ -211,39 +209,51 @@ def _open(
         else:
             reader = _reader(file, kind, spool, cache_size, fast, places)[0] if kind.startswith("tar.") else None
             return _Index(tree, notes, reader)
-    builder = Builder(int(status.st_mtime))
+    builder = Builder(int(os.fstat(file.fd).st_mtime))
     step: Callable[[int], None] | None = None
     reader, native = _reader(file, kind, spool, cache_size, fast) if kind.startswith("tar.") else (None, None)
     if progress is not None:
         told = progress
         step = lambda position: told(reader.consumed if reader else position, file.size)  # noqa: E731
-    if kind == "zip":
-        from fusewire.formats import zip as zip_format
+    places = b""
+    try:
+        if kind == "zip":
+            from fusewire.formats import zip as zip_format
 
-        zip_format.index(file.pread, file.size, builder, step)
-    else:
-        from fusewire.formats import tar
+            zip_format.index(file.pread, file.size, builder, step)
+        else:
+            from fusewire.formats import tar
 
-        read = file.pread
-        if reader is not None:
-            data = reader
-            read = lambda offset, length: b"".join(data.read(offset, length))  # noqa: E731
-        tar.check(read)
-        tar.index(read, builder, step)
-    packed = builder.pack()
+            read = file.pread
+            if reader is not None:
+                data = reader
+                read = lambda offset, length: b"".join(data.read(offset, length))  # noqa: E731
+            tar.check(read)
+            tar.index(read, builder, step)
+        packed = builder.pack()
+        if native is not None:
+            try:
+                places = native.export()
+            except ArchiveError:
+                places = b""  # something behind the archive that is no gzip: it reads well without
+    finally:
+        if native is not None:
+            native.close()  # also after Ctrl-C: its threads abort an interpreter that ends before them
     notes = [
         f"left out: {reason} ({count} time{'s' * (count > 1)}, first: {os.fsdecode(name[:200])!r})"
         for reason, (count, name) in builder.skipped.items()
     ]
-    places = b""
-    if native is not None:
-        try:
-            places = native.export()
-        except ArchiveError:
-            places = b""  # something behind the archive that is no gzip: it reads well without
-        native.close()
-    cache.store(key, packed, json.dumps(notes).encode() + b"\n" + places)
+    if _key(file, kind) == key:  # nobody has written to it meanwhile
+        cache.store(key, packed, json.dumps(notes).encode() + b"\n" + places)
     return _Index(Tree(packed), notes, reader)
+
+
+def _key(file: ArchiveFile, kind: str) -> bytes:
+    import time
+
+    # Times in zip archives are local ones.
+    zone = repr((time.tzname, time.timezone)) if kind == "zip" else ""
+    return key_of(os.fstat(file.fd), kind, file.base, zone)
 
 
 def _reader(
@@ -358,7 +368,7 @@ class Archive(Operations):
                 atime, ctime = atime & _U64, ctime & _U64
             sparse = self.tree.sparse(node)
             if sparse is not None:
-                blocks = sum((length + 511) // 512 for _, length in sparse)
+                blocks = (sparse.stored + 511) // 512
         return (
             number + 1, size, blocks, atime, mtime & _U64, ctime, a_nanoseconds, nanoseconds, c_nanoseconds,
             mode & (S_IFMT | self._mask), nlink, uid if self._uid is None else self._uid,
@@ -446,9 +456,15 @@ class Archive(Operations):
                     return self._read_sparse(node, sparse, offset, size)
             if self._reader is not None:
                 return self._read_from(self._reader, node[12] + offset, size)
-            return FileRange(self._file.fd, self._file.base + node[12] + offset, size, self._file)
+            return self._range(node[12] + offset, size)
         except OSError as error:
             raise self._told(error) from None
+
+    def _range(self, offset: int, size: int) -> FileRange:
+        """Give a range of the file as it is. Raises ArchiveError if the file has become too short for it."""
+        if not self._file.pread(offset + size - 1, 1):  # the kernel would take that for the end of the member
+            raise damaged("the file has become shorter since it was mounted")
+        return FileRange(self._file.fd, self._file.base + offset, size, self._file)
 
     def _told(self, error: OSError) -> OSError:
         """Have an error said in the log, where there is more room than in an errno."""
@@ -465,48 +481,34 @@ class Archive(Operations):
                 return self._waiting.add(reader, offset, size, self._told)
         return reader.read(offset, size)
 
-    def _read_sparse(
-        self, node: Node, sparse: list[tuple[int, int]], offset: int, size: int
-    ) -> Sequence[Buffer] | Pending:
-        """Join what is stored with the holes between."""
-        place = node[12]
-        end = offset + size
-        plan: list[tuple[int, int, int]] = []  # offset in the file, in the archive, length
-        for start, length in sparse:
-            low, high = max(start, offset), min(start + length, end)
-            if low < high:
-                plan.append((low, place + low - start, high - low))
-            place += length
-            if start >= end:
+    def _read_sparse(self, node: Node, sparse: Pieces, offset: int, size: int) -> Sequence[Buffer] | Pending:
+        """Put what is stored between the holes; it lies in the archive in one piece."""
+        out = bytearray(size)
+        plan: list[tuple[int, int]] = []  # where in `out`, length
+        begin = length = 0
+        for start, extent, place in sparse.since(offset):
+            if start >= offset + size:
                 break
-        reader = self._reader
-        if reader is not None and plan:
-            first, last = plan[0][1], plan[-1][1] + plan[-1][2]
-            if not reader.ready(first, last - first):
-                if self._connection is not None:
-                    self._connection.may_block(True)
-                if not reader.approach(first, last - first):
-                    return self._waiting.add(Joined(reader, plan, end, self.join), offset, size, self._told)
-        return self.join(plan, offset, end)
+            low, high = max(start, offset), min(start + extent, offset + size)
+            if not plan:
+                begin = node[12] + place + low - start
+            plan.append((low - offset, high - low))
+            length += high - low
 
-    def join(self, plan: list[tuple[int, int, int]], offset: int, end: int) -> Sequence[Buffer]:
-        """Give a range of a sparse file whose stored pieces are `plan`."""
-        parts: list[Buffer] = []
+        def fill(stored: Sequence[Buffer]) -> Sequence[Buffer]:
+            data = memoryview(b"".join(stored))
+            if len(data) != length:
+                raise damaged("its data end early")
+            at = 0
+            for place, extent in plan:
+                out[place : place + extent] = data[at : at + extent]
+                at += extent
+            return [out]
+
         reader = self._reader
-        for low, place, length in plan:
-            if low > offset:
-                parts.append(bytes(low - offset))
-            if reader is not None:
-                pieces: Sequence[Buffer] = reader.read(place, length)
-            else:
-                pieces = [self._file.pread(place, length)]
-            parts += pieces
-            if sum(map(len, pieces)) != length:
-                raise ArchiveError(errno.EIO, "damaged archive: its data end early")
-            offset = low + length
-        if offset < end:
-            parts.append(bytes(end - offset))
-        return parts
+        if reader is None or not length:
+            return fill([self._file.pread(begin, length)])
+        return self._read_from(Filled(reader, fill), begin, length)
 
     def _read_zip(
         self, number: int, node: Node, packed: tuple[int, int, int, int], offset: int, size: int
@@ -527,7 +529,7 @@ class Archive(Operations):
         if method == zip_format.STORED:
             if stored != whole:
                 raise ArchiveError(errno.EIO, "damaged archive: a stored member has two sizes")
-            return FileRange(self._file.fd, self._file.base + start + offset, size, self._file)
+            return self._range(start + offset, size)
         if whole <= CHUNK:
             key = (number, 0)
             if key not in self._cache and self._connection is not None:
@@ -575,11 +577,12 @@ class Archive(Operations):
         sparse = self.tree.sparse(node) if node[9] else None
         if sparse is None:
             return offset if whence == _SEEK_DATA else size
-        for start, length in sparse:
-            if whence == _SEEK_DATA and start + length > offset:
+        for start, length, _ in sparse.since(offset):
+            if whence == _SEEK_DATA:
                 return max(start, offset)
-            if whence == _SEEK_HOLE and start <= offset < start + length:
-                offset = start + length
+            if start > offset:
+                break
+            offset = start + length
         if whence == _SEEK_DATA:
             raise OSError(errno.ENXIO, "only a hole from there on", nodeid)
         return offset

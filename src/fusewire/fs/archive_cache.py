@@ -15,7 +15,7 @@ from struct import error as StructError  # noqa: N812
 from zlib import crc32
 
 # Another layout of the tree or another meaning of its fields needs another number: old files are then rebuilt.
-VERSION = 1
+VERSION = 2
 _MAGIC = b"fusewire archive index\n"
 _HEADER = Struct("<23sBBxH4x32sQQII")  # magic, version, byte order, kept free, key, lengths and checksums of two blocks
 _LARGEST = 1 << 32  # bytes of a cache file
@@ -83,32 +83,40 @@ class Cache:
         if place < 0:
             return False
         name = _name(key)
-        temporary = f"{name}.{os.getpid()}.new"
+        temporary = f"{name}.{os.urandom(4).hex()}.new"
         header = _HEADER.pack(
             _MAGIC, VERSION, _ORDER[sys.byteorder], 0, key, len(first), len(second), crc32(first), crc32(second)
         )
         try:
-            fd = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=place
-            )
-            try:
-                for block in (header, first, second):
-                    view = memoryview(block)
-                    while view:
-                        view = view[os.write(fd, view) :]
-            finally:
-                os.close(fd)
+            _write(temporary, place, (header, first, second))
             os.rename(temporary, name, src_dir_fd=place, dst_dir_fd=place)
+            temporary = ""
             _tidy(place)
         except OSError:
-            try:
-                os.unlink(temporary, dir_fd=place)
-            except OSError:
-                pass
-            return False
+            return not temporary  # only tidying went wrong: somebody else does it at the same time
         finally:
+            if temporary:  # a full disk, or Ctrl-C
+                _remove(temporary, place)
             os.close(place)
         return True
+
+
+def _write(name: str, place: int, blocks: tuple[bytes, ...]) -> None:
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
+    try:
+        for block in blocks:
+            view = memoryview(block)
+            while view:
+                view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def _remove(name: str, place: int) -> None:
+    try:
+        os.unlink(name, dir_fd=place)
+    except OSError:
+        pass
 
 
 def _name(key: bytes) -> str:
