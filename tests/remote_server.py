@@ -6,10 +6,13 @@ with RangeServer({"/image": data}) as server:
 
 from __future__ import annotations
 
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote
 
@@ -105,9 +108,12 @@ class _Server(ThreadingHTTPServer):
 
 
 class RangeServer:
-    """`files`: path -> content. `fault(handler, number of the request)` is True if it has answered itself."""
+    """`files`: path -> content. `fault(handler, number of the request)` is True if it has answered itself.
 
-    def __init__(self, files: dict[str, bytes], *, ranges: bool = True) -> None:
+    `certificate`: a file as `certificate()` makes it, for https at localhost.
+    """
+
+    def __init__(self, files: dict[str, bytes], *, ranges: bool = True, certificate: Path | None = None) -> None:
         self.files = files
         self.types: dict[str, str] = {}
         self.ranges_given = ranges
@@ -120,6 +126,14 @@ class RangeServer:
         self._server.owner = self
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            # The handshake belongs to the connection's thread: its first read.
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+            self.url = f"https://localhost:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
@@ -136,6 +150,19 @@ class RangeServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def certificate(place: Path) -> Path:
+    """Make a certificate of nobody's for localhost, and its key, by the openssl tool: what SSL_CERT_FILE may name."""
+    place.mkdir(mode=0o755, exist_ok=True)
+    found = place / "localhost.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    words += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    words += ["-keyout", str(place / "key.pem"), "-out", str(found)]
+    subprocess.run(words, check=True, capture_output=True)
+    found.write_bytes(found.read_bytes() + (place / "key.pem").read_bytes())
+    found.chmod(0o644)
+    return found
 
 
 def meet(count: int, seconds: float = 5.0) -> Fault:

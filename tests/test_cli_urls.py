@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import squashfs_images
-from e2e import USER, World
-from remote_server import RangeServer
+from e2e import USER, World, command_line
+from remote_server import RangeServer, certificate
 
 needs_fsspec = pytest.mark.skipif(importlib.util.find_spec("fsspec") is None, reason="fsspec is not installed")
 
@@ -95,3 +96,51 @@ def test_storage_options_reach_fsspec(world: World) -> None:
     done = world.fw("run", "-o", "storage=nonsense", "memory://x:/opt/d", "--", "true", uid=0)
     assert done.returncode == 125
     assert "is no KEY=VALUE" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed, to make certificates")
+def test_https_is_checked_against_the_certificates_that_the_environment_names(
+    world: World, image: bytes, uid: int
+) -> None:
+    pem = certificate(world.base / "certificate")
+    with RangeServer({"/env.sqsh": image}, certificate=pem) as server:
+        words = ["run", f"{server.url}/env.sqsh:/opt/env", "--", "cat", "/opt/env/sub/hello.txt"]
+        done = world.fw(*words, uid=uid, env={"SSL_CERT_FILE": str(pem)})
+        assert (done.returncode, done.stdout, done.stderr) == (0, "hello world\n", "")
+        assert server.sent < 2 << 20
+        done = world.fw(*words, uid=uid)
+        assert done.returncode == 125
+        assert f"{server.url}/env.sqsh" in done.stderr
+        assert "SSL_CERT_FILE" in done.stderr
+
+
+def test_password_is_shown_nowhere(world: World, server: RangeServer, uid: int) -> None:
+    url = server.url.replace("//", "//me:secret@") + "/env.sqsh?key=hidden"
+    look = "cat /proc/self/mounts; grep -r . $XDG_RUNTIME_DIR/fusewire"
+    with world.mounted("-o", 'storage=headers={"X-Token":"token"}', url, "mnt", uid=uid) as found:
+        said = [str(found), world.sh(look, uid=uid).stdout]
+        said += [world.fw("list", *words, uid=uid).stdout for words in ([], ["--json"])]
+        said += [str(command_line(pid)) for pid in world.pids()]
+    for source in (url, url.replace("env", "none"), url.replace("env", "plain")):
+        running = world.start("fusewire", "run", f"{source}:/opt/env", "--", "sh", "-c", f"{look}; echo; cat", uid=uid)
+        while (line := running.line()).strip():
+            said.append(line)
+        said += [str(command_line(pid)) for pid in world.pids()]
+        done = running.finish()
+        said += [done.stdout, done.stderr]
+    assert any(f"{server.url}/env.sqsh?..." in text for text in said)
+    for secret in ("secret", "hidden", "token"):
+        assert [text for text in said if secret in text] == []
+
+
+@needs_fsspec
+def test_what_cannot_be_saved_is_kept_in_a_file_when_the_mount_ends(world: World) -> None:
+    script = "mkdir d; chmod 555 d"
+    assert world.sh(script).returncode == 0
+    with world.mounted(f"file://{world.home()}/d", "mnt"):
+        world.sh("echo hi > mnt/file")  # the shell does not look at what close(2) says
+    (kept,) = world.home().glob("fusewire-unsaved-*-file")
+    assert kept.read_text() == "hi\n"
+    done = world.fw("run", f"file://{world.home()}/d:/opt/d", "--", "sh", "-c", "echo hi > /opt/d/other")
+    assert "/fusewire-unsaved-" in done.stderr
+    assert len(list(world.home().glob("fusewire-unsaved-*-other"))) == 1

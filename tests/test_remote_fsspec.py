@@ -18,7 +18,7 @@ import pytest
 
 import conformance
 from fusewire.cli.options import parse
-from fusewire.fs.remote import open_url
+from fusewire.fs.remote import open_url, visible
 from fusewire.fs.remote.retry import Patience
 from fusewire.session import Session
 from fusewire.testing import FakeKernel
@@ -30,7 +30,7 @@ from rootless import NOBODY
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed (extra remote)")
 
 from fusewire.fs.remote.filesystem import RemoteFS, open_fsspec  # noqa: E402
-from fusewire.fs.remote.store import Store, visible  # noqa: E402
+from fusewire.fs.remote.store import Store  # noqa: E402
 
 QUICK = Patience(attempts=3, timeout=5, total=10, first_pause=0.01)
 MAKE = """

@@ -149,6 +149,14 @@ def test_object_that_changes_is_stale(bucket, mount):
     assert got in (errno.ESTALE, errno.EIO)
 
 
+def test_object_that_others_change_is_seen_after_its_directory_was_listed(bucket, mount):
+    bucket.put_object(Key="file", Body=b"old")
+    mounted = mount("s3://bucket", options="attr_timeout=0,entry_timeout=0,negative_timeout=0")
+    assert mounted.run("answer = [read(name) for name in os.listdir(place)]") == ["old"]
+    bucket.put_object(Key="file", Body=b"newer")
+    assert mounted.run("answer = [os.stat(place + '/file').st_size, read('file')]") == [5, "newer"]
+
+
 def test_image_in_a_bucket_is_mounted_without_downloading_it(bucket, mount, small):
     bucket.put_object(Key="env.sqsh", Body=small.read_bytes())
     mounted = mount("s3://bucket/env.sqsh")

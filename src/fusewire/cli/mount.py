@@ -223,7 +223,7 @@ class _Daemon:
         self.record = record = self.store.create(
             source.path, job.target, options=job.options.given, created=_before(target)
         )
-        options = kernel_options(job.options, job.source)
+        options = kernel_options(job.options, job.source, checked=source.checked)
         os.chdir("/")  # a server keeps nobody's directory busy, and works when that has been removed
         locks = job.locks or Locks()
 

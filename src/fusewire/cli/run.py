@@ -126,6 +126,10 @@ def run(job: Run) -> int:
 
 
 def _run(job: Run) -> int:
+    if any("://" in spec.source for spec in job.specs):
+        from fusewire.cli.source import hide_words, shown
+
+        hide_words({spec.source: shown(spec.source) for spec in job.specs})
     old_mask = supervise.block()
     supervisor = os.getpid()
     to_server, to_command = process.socket_pair()
@@ -358,7 +362,7 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
         raise Refused(explain(error)) from error
     servers = {server for server, _ in place.values()}
     # One after the other: a mount point inside another mount can only be found once that one is served.
-    for spec, source in zip(job.specs, sources, strict=True):
+    for source in sources:
         data, fds = process.recv_fds(socket, 65536, 253)
         if not fds:
             return  # the command's side failed and has said so
@@ -370,7 +374,8 @@ def _serve_mounts(job: Run, socket: int, supervisor: int, namespace: list[bytes]
         try:
             server.add(at, fds[:cut], int(pid))
         except OSError as error:
-            raise Refused(f"{spec.source}: {explain(error)}") from error
+            said = explain(error)
+            raise Refused(said if said.startswith(source.path) else f"{source.path}: {said}") from error
         for fd in fds[:cut]:
             os.close(fd)
         os.write(socket, b"R")

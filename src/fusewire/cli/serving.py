@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SUBTYPE = "fusewire"
 
 
-def kernel_options(options: MountOptions, source: str, *, trusted: bool = False, opened: bool = False) -> Options:
-    """Give the options of mount(2) for `source`.
+def kernel_options(options: MountOptions, source: str, *, checked: bool = False, opened: bool = False) -> Options:
+    """Give the options of mount(2) for `source`; `checked`: its filesystem has the kernel check modes.
 
     `opened` makes the mount usable by every user of its namespace, as a kernel filesystem would be. Once it is, the
     kernel has to check modes (default_permissions), or the image's 0600 files would be anybody's; without it, only the
@@ -29,9 +29,9 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     allow_other = options.allow_other or opened
     default_permissions = options.default_permissions
     if default_permissions is None:
-        default_permissions = allow_other or options.allow_root
+        default_permissions = checked or allow_other or options.allow_root
     # An image is read-only; the flag makes the kernel say so by itself.
-    from fusewire.cli.source import kind_of
+    from fusewire.cli.source import kind_of, shown
     from fusewire.linux.syscalls import MS_RDONLY
 
     file = kind_of(source) == "path"
@@ -44,7 +44,7 @@ def kernel_options(options: MountOptions, source: str, *, trusted: bool = False,
     read_only = MS_RDONLY if file and not directory else 0
 
     return Options(
-        fsname=os.fsencode(options.fsname or (os.path.abspath(source) if file else source)),
+        fsname=os.fsencode(options.fsname or (os.path.abspath(source) if file else shown(source))),
         subtype=os.fsencode(SUBTYPE if options.subtype is None else f"{SUBTYPE}.{options.subtype}"),
         flags=options.flags | read_only,
         allow_other=allow_other,

@@ -28,6 +28,50 @@ def cache_directory(name: str) -> str | None:
     return os.path.join(base, "fusewire", name)
 
 
+def _temporary() -> list[str]:
+    """The directory that the user has for temporary files, if there is one."""
+    return [os.environ["TMPDIR"]] if os.environ.get("TMPDIR", "").startswith("/") else []
+
+
+def _shown_option(typed: str) -> str:
+    """Give an option as it may be said aloud: `storage=` may have a key or a token."""
+    key, equals, rest = typed.partition("=")
+    return f"{key}={rest.partition('=')[0]}=..." if key == "storage" and equals else typed
+
+
+def shown(source: str) -> str:
+    """Give a source as it may be said aloud: a URL without its password."""
+    if kind_of(source) != "url":
+        return source
+    from fusewire.fs.remote import visible
+
+    return visible(source)
+
+
+def hide_words(words: dict[str, str]) -> None:
+    """Write the values over the keys in this process's own command line, which everybody can read.
+
+    proc_pid_cmdline(5), and arg_start in proc_pid_stat(5). Children that are forked from now on have it so as well.
+    """
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+        fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # there is no /proc, or it is not for us
+    try:
+        line = old = os.pread(fd, end - start, start) if start else b""
+        for secret, said in words.items():
+            known = os.fsencode(secret)
+            line = line.replace(known, os.fsencode(said).ljust(len(known))[: len(known)])
+        if line != old:
+            os.pwrite(fd, line, start)
+    except OSError:
+        pass  # as above
+    finally:
+        os.close(fd)
+
+
 def kind_of(path: str) -> str:
     """Tell what a source is by its form: "program" (MODULE:NAME), "url", or "path", which everything that exists is."""
     if ":" not in path or os.path.lexists(path):
@@ -55,6 +99,7 @@ class Source:
         Raises OSError that names the source.
         """
         self.kind = kind_of(path)
+        self._name = path
         self.path = os.path.abspath(path) if self.kind == "path" else path
         self._mount = options
         self._fd = -1
@@ -65,8 +110,13 @@ class Source:
         # Descriptors that were open before, and are nobody's business who serves a program or a URL.
         self.strange = [] if self.kind == "path" else open_fds()
         self.workers = 0  # how many suit its filesystem; 0: it does not matter
-        self.read_only = False  # as far as it is known
+        self.read_only = False  # as far as it is known, and so is the next
+        self.checked = False  # the kernel is to check modes
         if self.kind == "url":
+            self.path = shown(path)  # it is said, and put on record, as are the options
+            options.given, typed = [_shown_option(one) for one in options.given], options.given
+            hide_words({path: self.path, **dict(zip(typed, options.given, strict=True))})
+            options.archive["spool"] = _temporary()
             return  # opened by the process that serves it: connections and threads do not survive a fork
         try:
             if self.kind == "program":
@@ -84,6 +134,7 @@ class Source:
                 self._lasts = first.shared = True
             self.workers = first.workers
             self.read_only = first.read_only
+            self.checked = first.default_permissions
         except BaseException:
             self.close()
             raise
@@ -99,7 +150,7 @@ class Source:
         """Open it where an index can be kept, with a word about how long that takes for who is at a terminal."""
         said = self._mount.archive
         said["cache"] = cache_directory("archives")
-        said["spool"] = [os.environ["TMPDIR"]] if os.environ.get("TMPDIR", "").startswith("/") else []
+        said["spool"] = _temporary()
         if not os.isatty(2):
             return self._open()
         from fusewire.cli.progress import Progress
@@ -119,7 +170,7 @@ class Source:
         if self.kind == "url":
             from fusewire.fs.remote import open_url
 
-            return open_url(self.path, self._mount)
+            return open_url(self._name, self._mount)
         from fusewire.fs import sources
 
         fd = self._first_fd = os.dup(self._fd)

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from fusewire.fs.sources import SourceOptions
     from fusewire.ops import Operations
 
-__all__ = ["is_url", "open_url", "storage_options"]
+__all__ = ["is_url", "open_url", "shown", "storage_options", "visible"]
 
 _IMAGES = (".sqsh", ".squashfs", ".sqfs", ".squash", ".sfs", ".sif", ".appimage", ".snap")
+_NO_SECRETS = ("github", "git")  # ORG:REPOSITORY@BRANCH
 _SCHEME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-._")
 
 
@@ -37,7 +38,8 @@ def open_url(url: str, options: SourceOptions) -> Operations:
 
     if names_image(url) or options.offset is not None:
         return open_image_url(url, options)
-    if url.partition("://")[0].lower() in ("http", "https") and not url.partition("?")[0].endswith("/"):
+    web = url.partition("://")[0].lower() in ("http", "https")
+    if web and not url.partition("?")[0].endswith("/") and not getattr(options, "storage", None):
         try:
             return open_image_url(url, options)
         except NotAnImage:
@@ -45,6 +47,25 @@ def open_url(url: str, options: SourceOptions) -> Operations:
     from fusewire.fs.remote.filesystem import open_fsspec
 
     return open_fsspec(url, options)
+
+
+def shown(url: str) -> str:
+    """Give a URL as it may be said aloud: no password, and no query, which may be a signature. Raises nothing."""
+    scheme, mark, rest = url.partition("://")
+    end = min(rest.find(letter) for letter in "/?#" if letter in rest) if set("/?#") & set(rest) else len(rest)
+    user, at, host = rest[:end].rpartition("@")
+    path, query, _ = rest[end:].partition("#")[0].partition("?")
+    if scheme in _NO_SECRETS:
+        host = user + at + host
+    elif scheme not in ("http", "https"):
+        host = user.partition(":")[0] + at + host  # a container, or the name of a user
+    text = scheme + mark + host + path + ("?..." if query else "")
+    return "".join(letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else "?" for letter in text)
+
+
+def visible(url: str) -> str:
+    """Give a URL, or a chain of them, as it may be said aloud. Raises nothing."""
+    return "::".join(shown(part) if "://" in part else part for part in url.split("::"))
 
 
 def names_image(url: str) -> bool:

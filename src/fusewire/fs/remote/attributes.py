@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from fusewire.fs.remote.blocks import Blocks
 from fusewire.fs.remote.files import RemoteFiles
-from fusewire.fs.remote.store import Info, Store
+from fusewire.fs.remote.looks import Info
+from fusewire.fs.remote.store import Store
 from fusewire.ops import Entry, Statfs
 from fusewire.wire import abi
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fusewire.fs.remote.tree import Node
     from fusewire.ops import Attr, Caller, Pending, Setattr
 
@@ -44,9 +47,13 @@ class RemoteAttributes(RemoteFiles):
         negative_timeout: float = HOLDS,
         cache_size: int = 64 << 20,
         read_only: bool = False,
+        spools: Sequence[str] = (),
     ) -> None:
-        """Serve `store`, which is closed at the end. No thread is started here."""
-        super().__init__(store, Info(store.root, True), Blocks(cache_size, _BLOCK), _JOBS)
+        """Serve `store`, which is closed at the end. No thread is started here.
+
+        spools: directories to try for temporary files, before /var/tmp and /tmp.
+        """
+        super().__init__(store, Info(store.root, True), Blocks(cache_size, _BLOCK), _JOBS, spools)
         self.read_only = read_only or not store.writable
         self._uid = os.getuid() if uid is None else uid
         self._gid = os.getgid() if gid is None else gid

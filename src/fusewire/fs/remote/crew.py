@@ -56,7 +56,12 @@ class Crew:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except BaseException:
+                with self._lock:
+                    self._started -= 1  # another one takes the place of this thread
+                raise
             del job
             with self._lock:
                 self._free += 1

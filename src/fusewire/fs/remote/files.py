@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusewire.fs.remote.blocks import Blocks
 from fusewire.fs.remote.crew import Crew
-from fusewire.fs.remote.jobs import Job
-from fusewire.fs.remote.store import same
-from fusewire.fs.remote.tree import Handle, Node, Spool, Tree, Version
+from fusewire.fs.remote.jobs import Gate, Job
+from fusewire.fs.remote.looks import same
+from fusewire.fs.remote.tree import SPOOLS, Handle, Node, Spool, Tree, Version
 from fusewire.inodes import HandleTable
 from fusewire.ops import FileRange, Operations
 from fusewire.wire import abi
@@ -22,7 +22,8 @@ from fusewire.wire import abi
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fusewire.fs.remote.store import Info, Store
+    from fusewire.fs.remote.looks import Info
+    from fusewire.fs.remote.store import Store
     from fusewire.ops import Buffer, Caller, Connection, Pending
 
 _STEP = 1 << 20  # of a file that is copied into its spool
@@ -38,8 +39,10 @@ _SILENT = frozenset({
 class RemoteFiles(Operations):
     """Open files. `_lock` is over all tables, and never held while a request is out."""
 
-    def __init__(self, store: Store, root: Info, blocks: Blocks, jobs: int) -> None:
+    def __init__(self, store: Store, root: Info, blocks: Blocks, jobs: int, spools: Sequence[str]) -> None:
         self._store = store
+        self._spools = (*spools, *SPOOLS)
+        self._paths = Gate()  # uploads go through; it is shut while a directory is moved with what is below it
         self._tree = Tree(root)
         self._lock = self._tree.lock
         self._blocks = blocks
@@ -72,8 +75,13 @@ class RemoteFiles(Operations):
 
     def _look_again(self, node: Node) -> None:
         """Ask the store about a file."""
-        now = monotonic()
-        info = self._store.info(node.info.path)
+        now, path = monotonic(), node.info.path
+        try:
+            info = self._store.info(path)
+        except FileNotFoundError:
+            if node.info.path != path:
+                return  # it was moved meanwhile, and is there
+            raise
         with self._lock:
             if info.directory == node.info.directory:
                 node.see(info, now)
@@ -96,7 +104,7 @@ class RemoteFiles(Operations):
             raise OSError(errno.EROFS, "the filesystem is mounted read-only")
         if flags & os.O_TRUNC and writing:
             if node.spool is None:
-                node.spool = Spool()
+                node.spool = Spool(self._spools)
             os.ftruncate(node.spool.fd, 0)
             node.touched()
         handle = Handle(node, writing)
@@ -193,13 +201,16 @@ class RemoteFiles(Operations):
                     version.users = 1
                 version.users += 1
             try:
-                spool = Spool()
+                spool = Spool(self._spools)
                 if version.info.size is None:
                     self._store.copy(version.info.path, spool.fd)
                 else:
                     size = version.info.size if keep is None else min(keep, version.info.size)
                     for offset in range(0, size, _STEP):
-                        spool.write(offset, version.data.pread(offset, min(_STEP, size - offset)))
+                        part = memoryview(version.data.pread(offset, min(_STEP, size - offset)))
+                        done = 0
+                        while done < len(part):
+                            done += spool.write(offset + done, part[done:])
             finally:
                 with self._lock:
                     version.leave()
@@ -227,7 +238,11 @@ class RemoteFiles(Operations):
         return self._later(lambda: self._fill(node), commit, lasting=True)
 
     def _write(self, node: Node, spool: Spool, offset: int, data: memoryview | bytes) -> int:
-        done = spool.write(offset, data)
+        try:
+            done = spool.write(offset, data)
+        except OSError as error:
+            self._failed(error)
+            raise
         node.touched()
         return done
 
@@ -250,40 +265,46 @@ class RemoteFiles(Operations):
     def _upload(self, node: Node) -> None:
         """Bring a file into the store as it is now. Its errors are those of close(2) and fsync(2)."""
         with node.lock:
-            with self._lock:
-                spool, before, path = node.spool, node.changes, node.info.path
-                if spool is None or not node.dirty:
-                    return
-            size = spool.size
-            self._store.put(path, spool.fd, size)
-            now = monotonic()
+            self._paths.enter()
             try:
-                info = self._store.info(path)
-            except OSError:
-                # It is there all the same. What it looks like is asked again as soon as somebody wants to know.
-                info = node.info._replace(size=size, mtime=time_ns(), tags=())
-                now = 0.0
-            with self._lock:
-                node.saved = before
-                node.local = False
-                node.drop_version()
-                node.info = info if not node.dirty else node.info
-                node.checked = now
-                for handle in node.handles:
-                    handle.leave()
-                parent = node.parent
-                if parent is not None and parent.listed and not node.unlinked:
-                    parent.listing[node.name] = info
+                self._upload_now(node)
+            finally:
+                self._paths.leave()
+
+    def _upload_now(self, node: Node) -> None:
+        """As `_upload`, for who has seen to it that the path stays what it is."""
+        with self._lock:
+            spool, before, path = node.spool, node.changes, node.info.path
+            if spool is None or not node.dirty:
+                return
+        size = spool.size
+        self._store.put(path, spool.fd, size)
+        now = monotonic()
+        try:
+            info = self._store.info(path)
+        except OSError:
+            # It is there all the same. What it looks like is asked again as soon as somebody wants to know.
+            info = node.info._replace(size=size, mtime=time_ns(), tags=())
+            now = 0.0
+        with self._lock:
+            node.saved = before
+            node.local = False
+            node.drop_version()
+            node.info = info if not node.dirty else node.info
+            node.checked = now
+            for handle in node.handles:
+                handle.leave()
+            parent = node.parent
+            if parent is not None and parent.listed and not node.unlinked:
+                parent.listing[node.name] = info
 
     def flush(self, nodeid: int, fh: int, lock_owner: int) -> Pending | None:
         handle = self._open.get(fh)
-        node = handle.node
-        if not handle.writing or not node.dirty:
-            return None
-        return self._later(lambda: self._upload(node), lasting=True)
+        return self.fsync(nodeid, fh, 0) if handle.writing else None
 
     def fsync(self, nodeid: int, fh: int, fsync_flags: int) -> Pending | None:
-        return self.flush(nodeid, fh, 0)
+        node = self._open.get(fh).node
+        return self._later(lambda: self._upload(node), lasting=True) if node.dirty else None
 
     def _rescue(self, node: Node) -> None:
         """See that who has a file open can go on reading when it is removed from the store."""
@@ -296,12 +317,17 @@ class RemoteFiles(Operations):
                 self._failed(error)
 
     def _save_all(self) -> None:
-        """Upload what is not in the store yet; what cannot be is said to be lost."""
+        """Upload what is not in the store yet. What cannot be stays in a file, and standard error says where."""
         with self._lock:
             dirty = [node for node in self._tree.nodes.values() if node.dirty]
         for node in dirty:
             try:
                 self._upload(node)
             except OSError as error:
+                try:
+                    spool = node.spool
+                    said = "kept in " + spool.keep(node.name) if spool is not None else "lost"
+                except OSError as worse:
+                    said = f"lost ({worse.strerror})"
                 if self._connection is not None:
-                    self._connection.log_once(f"{error.strerror}; what was written is lost")
+                    self._connection.log_once(f"{error.strerror}; what was written is {said}")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from fusewire.fs.remote.attributes import HOLDS, RemoteAttributes
 from fusewire.fs.remote.crew import Crew
-from fusewire.fs.remote.store import Info, Store
+from fusewire.fs.remote.looks import Info
+from fusewire.fs.remote.store import Store
 from fusewire.fs.remote.tree import Node, Spool
 from fusewire.ops import Entry
 from fusewire.wire.codec import DirBuffer
@@ -86,7 +87,7 @@ class RemoteFS(RemoteAttributes):
             if known is False:
                 return self._missing()
 
-        def commit(seen: tuple[Info | None, float]) -> Entry | None:
+        def commit(seen: tuple[str, Info | None, float]) -> Entry | None:
             node = self._seen(directory, name, *seen)
             return self._missing() if node is None else self._entry(node)
 
@@ -106,8 +107,8 @@ class RemoteFS(RemoteAttributes):
             return None
         return self._tree.child(directory, name, info, directory.listed)
 
-    def _look(self, directory: Node, name: bytes) -> tuple[Info | None, float]:
-        """Ask the store for a name: what is there, and when it was seen."""
+    def _look(self, directory: Node, name: bytes) -> tuple[str, Info | None, float]:
+        """Ask the store for a name: in which path that was, what is there, and when it was seen."""
         store, now = self._store, monotonic()
         path = directory.info.path
         listing = directory.listing
@@ -120,16 +121,18 @@ class RemoteFS(RemoteAttributes):
                 listing = {}  # a server that lists nothing
         info = listing.get(name)
         if store.web and info is not None and info.directory:
-            return info, now
+            return path, info, now
         try:
-            return store.info(info.path.rstrip("/") if info is not None else store.join(path, name)), now
+            return path, store.info(info.path.rstrip("/") if info is not None else store.join(path, name)), now
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EILSEQ):
                 raise
-            return None, now
+            return path, None, now
 
-    def _seen(self, directory: Node, name: bytes, info: Info | None, now: float) -> Node | None:
-        """Note what is behind a name; the lock is held."""
+    def _seen(self, directory: Node, name: bytes, path: str, info: Info | None, now: float) -> Node | None:
+        """Note what is behind a name; the lock is held. Raises OSError(ESTALE), upon which the kernel asks again."""
+        if directory.info.path != path:
+            raise OSError(errno.ESTALE, f"{self._store.name_of(path)}: it was moved while somebody looked into it")
         if info is not None:
             return self._tree.child(directory, name, info, now)
         node = directory.children.get(name)
@@ -169,7 +172,7 @@ class RemoteFS(RemoteAttributes):
         node.local = True
         node.renumber()
         if not is_directory:
-            node.spool = Spool()
+            node.spool = Spool(self._spools)
             node.changes = node.saved + 1
         directory.info = directory.info._replace(mtime=time_ns())
         return node
@@ -320,28 +323,39 @@ class RemoteFS(RemoteAttributes):
             for each in below:
                 if each is not node or not each.local:
                     self._upload(each)
-            if not node.local or (node.info.directory and self._list(node)):
-                self._store.move(node.info.path, path, directory=node.info.directory)
-            with self._lock:
-                if target is not None:
-                    self._gone(new, newname, target)
-                local = node.local
-                old.listing.pop(name, None)
-                new.listed = 0.0
-                old.info = old.info._replace(mtime=time_ns())
-                new.info = new.info._replace(mtime=time_ns())
-                if self._store.flat and old.nodeid != 1:
-                    old.local = True
-                self._tree.move(node, new, newname, path)
-                node.local = local or (node.info.directory and self._store.flat)
-                node.ctime = time_ns()
-                moved = self._tree.below(node)
-                for each in moved:
-                    each.checked = 0.0
+            self._paths.enter(shut=node.info.directory)
+            try:
+                moved = self._moved(old, name, new, newname, node, target, path)
+            finally:
+                self._paths.leave()
         # A copy is another version: who has one of these open goes on with that.
         for each in moved:
             if not each.info.directory and not each.local and (each is node or each.handles):
                 self._look_again(each)
+
+    def _moved(
+        self, old: Node, name: bytes, new: Node, newname: bytes, node: Node, target: Node | None, path: str
+    ) -> list[Node]:
+        """Move it, in the store and here; gives it and all that is below it."""
+        if not node.local or (node.info.directory and self._list(node)):
+            self._store.move(node.info.path, path, directory=node.info.directory)
+        with self._lock:
+            if target is not None:
+                self._gone(new, newname, target)
+            local = node.local
+            old.listing.pop(name, None)
+            new.listed = 0.0
+            old.info = old.info._replace(mtime=time_ns())
+            new.info = new.info._replace(mtime=time_ns())
+            if self._store.flat and old.nodeid != 1:
+                old.local = True
+            self._tree.move(node, new, newname, path)
+            node.local = local or (node.info.directory and self._store.flat)
+            node.ctime = time_ns()
+            moved = self._tree.below(node)
+            for each in moved:
+                each.checked = 0.0
+            return moved
 
     def _with_changes(self, node: Node) -> list[Node]:
         """Give the files below a directory that are not in the store as they are."""
@@ -358,16 +372,18 @@ class RemoteFS(RemoteAttributes):
 
     def _list(self, directory: Node) -> dict[bytes, Info]:
         """Ask the store what is in a directory, and add what it does not have yet. Without the lock."""
-        now = monotonic()
-        try:
-            listing = self._store.list(directory.info.path)
-        except FileNotFoundError:
-            if not directory.local and directory.nodeid != 1:
-                raise
-            listing = {}
-        with self._lock:
-            directory.listing, directory.listed = listing, now
-            return self._merged(directory)
+        while True:
+            now, path = monotonic(), directory.info.path
+            try:
+                listing = self._store.list(path)
+            except FileNotFoundError:
+                if not directory.local and directory.nodeid != 1 and directory.info.path == path:
+                    raise
+                listing = {}
+            with self._lock:
+                if directory.info.path == path:  # else it was moved meanwhile
+                    directory.listing, directory.listed = listing, now
+                    return self._merged(directory)
 
     def _merged(self, directory: Node) -> dict[bytes, Info]:
         names = dict(directory.listing)
@@ -482,6 +498,7 @@ def open_fsspec(url: str, options: SourceOptions, *, patience: Patience | None =
             attr_timeout=seconds(options.attr_timeout),
             negative_timeout=seconds(options.negative_timeout),
             cache_size=options.cache_size,
+            spools=getattr(options, "archive", {}).get("spool", ()),
             read_only=options.read_only,
         )
     except BaseException:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import errno
 import http.client
+import io
 import os
 import ssl
 from _thread import allocate_lock
 from base64 import b64encode
 from threading import Event
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from fusewire.fs.remote import shown
 from fusewire.fs.remote.retry import Patience, Transient, persist
 
 # A server without ranges: files up to this size are kept in memory as a whole. Bytes.
@@ -48,19 +50,57 @@ class _Place(NamedTuple):
     url: str
 
 
-def shown(url: str) -> str:
-    """Give a URL as it may be said aloud: no password, and no query, which may be a signature."""
-    parts = urlsplit(url)
-    netloc = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{netloc}{parts.path}" + ("?..." if parts.query else "")
+class _Refused(OSError):  # noqa: N818 - it is told from other errors here only
+    """An answer that says no: for good, if it was not that of a place where a redirect has led some time ago."""
 
 
-def _place(url: str) -> _Place:
+class _Timed(io.RawIOBase):
+    """What a server sends, until a moment: drop by drop, each in time, it could go on for ever."""
+
+    def __init__(self, raw: io.RawIOBase, seconds: float) -> None:
+        self._raw = raw
+        self._seconds = seconds
+        self._until = monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if monotonic() > self._until:
+            raise TimeoutError(f"no whole answer within {self._seconds:g} s")
+        return self._raw.readinto(buffer)  # type: ignore[no-any-return, attr-defined, unused-ignore]
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Responses:
+    """Makes the responses of a connection, each of which is to end within that many seconds."""
+
+    __slots__ = ("_last", "_seconds")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last: http.client.HTTPResponse | None = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> http.client.HTTPResponse:
+        self._last = response = http.client.HTTPResponse(*arguments, **options)
+        response.fp = io.BufferedReader(_Timed(response.fp.detach(), self._seconds))
+        return response
+
+    def close(self) -> None:
+        if self._last is not None:
+            self._last.close()
+
+
+def _place(url: str, base: str = "") -> _Place:
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(urljoin(base, url) if base else url)
         port = parts.port
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"{url}: not a URL: {error}") from None
+        raise OSError(errno.EINVAL, f"{shown(url)}: not a URL: {error}") from None
+    url = parts.geturl()
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise OSError(errno.EINVAL, f"{shown(url)}: not the URL of a file on a web server (https://HOST/PATH)")
     authorization = ""
@@ -145,16 +185,22 @@ class HttpFile:
 
     def _attempt(self, offset: int, length: int) -> _Answer:
         """Send one request, and those that redirects make of it."""
-        place = self._target
+        place = remembered = self._target
         for _ in range(_REDIRECTS + 1):
-            answer, location = self._exchange(place, offset, length)
+            try:
+                answer, location = self._exchange(place, offset, length)
+            except (_Refused, Transient) as error:
+                if remembered is self._origin:
+                    raise
+                self._target = self._origin  # it may lead elsewhere by now
+                if place is not remembered or isinstance(error, Transient):
+                    raise
+                place = remembered = self._origin
+                continue
             if answer is not None:
                 self._target = place
                 return answer
-            if not location:  # the target of a former redirect refuses: ask at the beginning again
-                place = self._target = self._origin
-                continue
-            following = _place(urljoin(f"{place.scheme}://{_netloc(place)}{place.path}", location))
+            following = _place(location, f"{place.scheme}://{_netloc(place)}{place.path}")
             if place.scheme == "https" and following.scheme == "http":
                 raise OSError(errno.EACCES, f"{self.url}: the server leads to {following.url}, which is not encrypted")
             if not following.authorization and _same_host(place, following):
@@ -163,7 +209,7 @@ class HttpFile:
         raise OSError(errno.ELOOP, f"{self.url}: more than {_REDIRECTS} redirects")
 
     def _exchange(self, place: _Place, offset: int, length: int) -> tuple[_Answer | None, str]:
-        """Send one request: an answer, or where else to ask ("": at the first URL)."""
+        """Send one request: an answer, or where else to ask."""
         key = (place.scheme, place.host, place.port)
         headers = {
             "Range": f"bytes={offset}-{offset + length - 1}",
@@ -178,10 +224,11 @@ class HttpFile:
             path = f"http://{_netloc(place)}{place.path}"
             if proxy.authorization:
                 headers["Proxy-Authorization"] = proxy.authorization
-        kept = self._take(key)
-        connection = kept or self._connect(place, proxy)
+        connection = kept = self._take(key)
         usable = False
         try:
+            if connection is None:
+                connection = self._connect(place, proxy)
             try:
                 response = self._ask(connection, path, headers)
             except (http.client.HTTPException, OSError) as error:
@@ -192,16 +239,20 @@ class HttpFile:
                 self._drop_idle()
                 connection = self._connect(place, proxy)
                 response = self._ask(connection, path, headers)
-            answer, location = self._judge(place, response, offset, length)
+            answer, location = self._judge(response, offset, length)
             usable = not response.will_close and response.isclosed()
             return answer, location
-        except (http.client.HTTPException, OSError) as error:
+        except (http.client.HTTPException, OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and (error.strerror or "").startswith(self.url):
+                raise  # what we made of an answer
             raise self._failure(place, error) from error
         finally:
-            if usable:
+            if usable and connection is not None:
                 self._keep(key, connection)
-            else:
+            elif connection is not None:
                 connection.close()
+                # It has let go of one that says `Connection: close`, and of a proxy's that refuses.
+                connection.response_class.close()  # type: ignore[call-arg]
 
     def _ask(
         self, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]
@@ -221,20 +272,23 @@ class HttpFile:
         if isinstance(error, socket.gaierror):
             if error.errno == socket.EAI_AGAIN:
                 return Transient(f"the address of {place.host} cannot be found now: {error.strerror}")
-            return OSError(errno.EHOSTUNREACH, f"{self.url}: no such host: {place.host} ({error.strerror})")
+            return _Refused(errno.EHOSTUNREACH, f"{self.url}: no such host: {place.host} ({error.strerror})")
         if isinstance(error, TimeoutError):
-            return Transient(f"{place.host} did not answer within {self._patience.timeout:g} s", timed_out=True)
-        if isinstance(error, http.client.InvalidURL):
-            return OSError(errno.EINVAL, f"{self.url}: {error}")
-        if isinstance(error, OSError) and (error.strerror or "").startswith(self.url):
-            return error  # what we made of an answer
+            text = str(error) if error.args and not error.errno else ""
+            slow = text if text.startswith("no whole") else f"no answer within {self._patience.timeout:g} s"
+            return Transient(f"{place.host}: {slow}", timed_out=True)
+        if isinstance(error, (http.client.InvalidURL, UnicodeError)):
+            return OSError(errno.EINVAL, f"{self.url}: `{place.host}` cannot be the name of a host")
+        tunnel = str(error).removeprefix("Tunnel connection failed: ")
+        if tunnel != str(error) and _number(tunnel[:3]) not in _PASSING:
+            return OSError(
+                errno.EACCES, f"{self.url}: the proxy of the environment refuses: HTTP status {_clean(tunnel)}"
+            )
         if isinstance(error, http.client.IncompleteRead):
             return Transient("the connection ended in the middle of an answer")
-        return Transient(f"no answer from {place.host}: {error or type(error).__name__}")
+        return Transient(f"no answer from {place.host}: {_clean(str(error)) or type(error).__name__}")
 
-    def _judge(
-        self, place: _Place, response: http.client.HTTPResponse, offset: int, length: int
-    ) -> tuple[_Answer | None, str]:
+    def _judge(self, response: http.client.HTTPResponse, offset: int, length: int) -> tuple[_Answer | None, str]:
         status = response.status
         if status in _MOVED:
             location = response.getheader("Location", "")
@@ -243,6 +297,8 @@ class HttpFile:
             self._read(response, _PIECE)
             return None, location
         validators = (response.getheader("ETag", ""), response.getheader("Last-Modified", ""))
+        if status in (200, 206) and response.getheader("Content-Encoding", "identity").lower() not in ("", "identity"):
+            raise OSError(errno.EOPNOTSUPP, f"{self.url}: the server compresses the file on its way; {_WAY_OUT}")
         if status == 206:
             return self._partial(response, offset, length, validators), ""
         if status == 200:
@@ -255,11 +311,9 @@ class HttpFile:
             raise self._stale("it has become shorter" if self.size >= 0 else "it cannot be read from the beginning on")
         if status in _PASSING:
             after = _number(response.getheader("Retry-After", ""))
-            raise Transient(f"HTTP status {status} ({response.reason})", after=max(after, 0))
-        if place is not self._origin and place is self._target:
-            return None, ""
+            raise Transient(f"HTTP status {status} ({_clean(response.reason)})", after=max(after, 0))
         code, text = _REFUSED.get(status, (errno.EIO, "the server gives something else than a file"))
-        raise OSError(code, f"{self.url}: HTTP status {status}: {text}")
+        raise _Refused(code, f"{self.url}: HTTP status {status}: {text}")
 
     def _partial(
         self, response: http.client.HTTPResponse, offset: int, length: int, validators: tuple[str, str]
@@ -269,11 +323,9 @@ class HttpFile:
         span, _, total_text = rest.partition("/")
         start_text, _, last_text = span.partition("-")
         start, last, total = _number(start_text), _number(last_text), _number(total_text)
-        encoded = response.getheader("Content-Encoding", "identity")
         wanted = min(length, total - offset) if total >= 0 else length
-        if unit != "bytes" or start != offset or last != offset + wanted - 1 or total < 0 or encoded != "identity":
-            response.close()
-            raise Transient(f"an answer of other bytes than asked for (Content-Range: {said or 'missing'})")
+        if unit != "bytes" or start != offset or last != offset + wanted - 1 or total < 0:
+            raise Transient(f"an answer of other bytes than asked for (Content-Range: {_clean(said) or 'missing'})")
         self._compare(validators, total)
         data = self._read(response, wanted + 1)
         if len(data) != wanted:
@@ -291,14 +343,10 @@ class HttpFile:
     def _all(self, response: http.client.HTTPResponse, validators: tuple[str, str]) -> _Answer:
         """Take the whole file from a server without ranges, if it is small."""
         if self.size >= 0:
-            response.close()
             raise Transient("the server suddenly gives no ranges any more")
         size = _number(response.getheader("Content-Length", ""))
-        if response.getheader("Content-Encoding", "identity") != "identity":
-            raise OSError(errno.EOPNOTSUPP, f"{self.url}: the server compresses the file on its way; {_WAY_OUT}")
         data = self._read(response, self._small + 1) if size <= self._small else b""
         if size > self._small or len(data) > self._small:
-            response.close()
             much = f"{size / (1 << 20):.0f} MiB" if size >= 0 else f"more than {self._small >> 20} MiB"
             raise OSError(errno.EOPNOTSUPP, f"{self.url}: the server gives no ranges of a file of {much}; {_WAY_OUT}")
         if size >= 0 and len(data) != size:
@@ -306,16 +354,13 @@ class HttpFile:
         return _Answer(200, data, 0, len(data), validators)
 
     def _read(self, response: http.client.HTTPResponse, most: int) -> bytes:
-        """Read a body, `most` bytes of it; who sends it drop by drop is not waited for without end."""
+        """Read a body, `most` bytes of it."""
         parts: list[bytes] = []
         length = 0
-        begun = monotonic()
         while length < most and (part := response.read1(min(_PIECE, most - length))):
             parts.append(part)
             length += len(part)
             self.received += len(part)
-            if monotonic() - begun > self._patience.total:
-                raise TimeoutError
         if length < most and not response.length:
             response.close()  # it is at its end, so that the connection can be used again
         return b"".join(parts)
@@ -324,15 +369,17 @@ class HttpFile:
 
     def _connect(self, place: _Place, proxy: _Place | None) -> http.client.HTTPConnection:
         host, port = (place.host, place.port) if proxy is None else (proxy.host, proxy.port)
-        timeout = self._patience.timeout
+        connection: http.client.HTTPConnection
         if place.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=timeout)
-        if self._ssl is None:
-            self._ssl = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self._ssl)
-        if proxy is not None:
-            secret = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-            connection.set_tunnel(place.host, place.port, secret)
+            connection = http.client.HTTPConnection(host, port, timeout=self._patience.timeout)
+        else:
+            if self._ssl is None:
+                self._ssl = ssl.create_default_context()
+            connection = http.client.HTTPSConnection(host, port, timeout=self._patience.timeout, context=self._ssl)
+            if proxy is not None:
+                secret = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+                connection.set_tunnel(place.host, place.port, secret)
+        connection.response_class = _Responses(self._patience.total)  # type: ignore[assignment]
         return connection
 
     def _take(self, key: tuple[str, str, int]) -> http.client.HTTPConnection | None:
@@ -372,6 +419,11 @@ def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
+def _clean(text: str) -> str:
+    """Make what a server says fit for a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:100])
+
+
 def _netloc(place: _Place) -> str:
     host = f"[{place.host}]" if ":" in place.host else place.host
     default = 443 if place.scheme == "https" else 80
@@ -390,4 +442,8 @@ def _proxy(place: _Place) -> _Place | None:
     url = proxies.get(place.scheme) or proxies.get("all")
     if not url or proxy_bypass_environment(f"{place.host}:{place.port}", proxies):
         return None
-    return _place(url if "://" in url else f"http://{url}")
+    url = url if "://" in url else f"http://{url}"
+    if not url.startswith("http://"):
+        way_out = "set http_proxy and https_proxy to an http:// one, or no_proxy"
+        raise OSError(errno.EINVAL, f"{place.url}: {shown(url)} of the environment is no http proxy; {way_out}")
+    return _place(url)

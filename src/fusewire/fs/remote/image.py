@@ -96,12 +96,13 @@ def open_image_url(url: str, options: SourceOptions, *, patience: Patience | Non
     No thread is started before `init`, so the caller may still fork. Raises OSError that names the URL.
     """
     file: RangedFile
-    if url.partition("://")[0].lower() in ("http", "https"):
+    storage = getattr(options, "storage", None)
+    if url.partition("://")[0].lower() in ("http", "https") and not storage:
         file = HttpFile(url, patience)
     else:
         from fusewire.fs.remote.store import open_file
 
-        file = open_file(url, getattr(options, "storage", None) or {})
+        file = open_file(url, storage or {}, patience)
     return image_of(ImageUrl(file), file, options)
 
 

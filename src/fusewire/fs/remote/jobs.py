@@ -7,12 +7,43 @@ from __future__ import annotations
 
 import errno
 from _thread import allocate_lock
+from threading import Condition
 from typing import TYPE_CHECKING, Any
 
 from fusewire.ops import Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Gate:
+    """Any number go through at a time, or one behind whom it is shut, and who has waited until nobody is inside."""
+
+    __slots__ = ("_changed", "_inside", "_shut")
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._inside = 0
+        self._shut = False
+
+    def enter(self, *, shut: bool = False) -> None:
+        """Wait for who is before us."""
+        with self._changed:
+            while self._shut:
+                self._changed.wait()
+            self._shut = shut
+            while shut and self._inside:
+                self._changed.wait()
+            self._inside += not shut
+
+    def leave(self) -> None:
+        """Let the next one in."""
+        with self._changed:
+            if self._inside:
+                self._inside -= 1
+            else:
+                self._shut = False
+            self._changed.notify_all()
 
 
 class Job:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import errno
 import os
+from ssl import SSLCertVerificationError
 from threading import Event
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from fusewire.fs.remote.http import SMALL, shown
+from fusewire.fs.remote import visible
+from fusewire.fs.remote.http import SMALL
+from fusewire.fs.remote.looks import Info, info_of, same
 from fusewire.fs.remote.retry import Patience, Transient, persist
 
 if TYPE_CHECKING:
@@ -22,8 +25,6 @@ if TYPE_CHECKING:
 
 # What is written in one call; larger files go piece by piece (a multipart upload, where that is meant).
 _PIECE = 8 << 20
-_SECOND = 1_000_000_000  # nanoseconds
-_CHANGES = 600.0  # seconds that a change may take: an upload, a copy within the store
 # Of the builtin OSErrors, those that say something about the file: not the network's.
 _ABOUT_FILES = {
     FileNotFoundError: errno.ENOENT,
@@ -34,45 +35,17 @@ _ABOUT_FILES = {
 }
 _STATUS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 410: errno.ENOENT, 416: errno.ESTALE}
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-_VERSIONS = ("ETag", "etag", "version_id", "generation", "md5Hash", "content_md5", "crc32c", "checksum", "sha")
-_TIMES = ("mtime", "LastModified", "last_modified", "modified", "updated", "date_time", "created")
+# A commit does not change, and requests are counted. (fsspec's filesystem can remove files, but write none.)
+_COMMITS = ("github",)
 
 
-class Info(NamedTuple):
-    """What is known of a file. `size` None: unknown. `mtime` in nanoseconds, 0: unknown.
-
-    `tags` are what the store has to tell versions apart, by its names. `told`: whether anything but the size does.
-    """
-
-    path: str
-    directory: bool
-    size: int | None = 0
-    mtime: int = 0
-    mode: int | None = None
-    tags: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def told(self) -> bool:
-        return bool(self.tags or self.mtime)
-
-
-def same(one: Info, other: Info) -> bool:
-    """Tell whether two looks at a file saw the same contents.
-
-    Listings and single looks need not tell the same things, nor times to the same precision: what only one has does
-    not count.
-    """
-    if one.size != other.size and None not in (one.size, other.size):
-        return False
-    ours, theirs = dict(one.tags), dict(other.tags)
-    common = ours.keys() & theirs.keys()
-    if common:
-        return all(ours[key] == theirs[key] for key in common)
-    if not one.mtime or not other.mtime or one.mtime == other.mtime:
-        return True
-    if one.mtime % _SECOND and other.mtime % _SECOND:
-        return False
-    return one.mtime // _SECOND == other.mtime // _SECOND
+def _container(fs: Any) -> tuple[Any, str, Info] | None:
+    """Give the filesystem, the path and the looks of the file that an archive is in; None for what is no archive."""
+    file = getattr(fs, "fo", None)
+    below, path = getattr(file, "fs", None), getattr(file, "path", None)
+    if not isinstance(path, str) or below is None:
+        return None
+    return below, path, info_of(path, below.info(path))
 
 
 class Store:
@@ -94,7 +67,8 @@ class Store:
         self.local = "file" in self.protocols
         self.is_async = bool(getattr(self.fs, "async_impl", False))
         self.root: str = path if self.web else self.fs._strip_protocol(path)
-        self.writable = _can_write(self.fs)
+        self.writable = self.protocols[0] not in _COMMITS and _can_write(self.fs)
+        self._container = self._guard(self.root, lambda: _container(self.fs), again=False)
         self.requests = 0
         # Paths as an object store has them need no directories: one without a file in it is not there.
         self.flat = True
@@ -103,7 +77,9 @@ class Store:
 
     def info(self, path: str) -> Info:
         """Look at a file."""
-        return self._info(path, self._ask(path, "info", path))
+        if self.protocols[0] not in _COMMITS:
+            self.fs.invalidate_cache(self.fs._parent(path))  # or a listing of any age would answer
+        return info_of(path, self._ask(path, "info", path))
 
     def list(self, path: str) -> dict[bytes, Info]:
         """List a directory. Names that cannot be one component of a path are left out, as is all that repeats."""
@@ -112,17 +88,70 @@ class Store:
         for entry in self._ask(path, "ls", path.rstrip("/") + "/" if self.web else path, detail=True):
             name = self.leaf(path, entry)
             if name is not None and name not in found:
-                found[name] = self._info(str(entry["name"]), entry)
+                found[name] = info_of(str(entry["name"]), entry)
         return found
 
-    def range(self, path: str, start: int, stop: int, size: int) -> bytes:
-        """Give the bytes start to stop of a file of `size` bytes, by an async filesystem."""
+    def range(self, path: str, start: int, stop: int) -> bytes:
+        """Give the bytes start to stop of a file, by an async filesystem."""
         data: bytes = self._ask(path, "cat_file", path, start=start, end=stop)
-        if len(data) == size > stop - start:
-            if size > SMALL:
-                raise self._error(errno.EOPNOTSUPP, path, "the server gives no ranges; download it and mount the copy")
-            data = data[start:stop]
         return data
+
+    def web_range(self, info: Info, start: int, stop: int) -> bytes:
+        """Give the bytes start to stop of that version of a file on a web server.
+
+        Not by fsspec's own call, which takes in whatever a server without ranges sends. Raises OSError(ESTALE).
+        """
+        path, most = info.path, min(info.size or 0, SMALL)
+
+        async def get() -> tuple[Info, bytes]:
+            session = await self.fs.set_session()
+            options = dict(self.fs.kwargs)
+            headers = {
+                **options.pop("headers", {}),
+                "Accept-Encoding": "identity",
+                "Range": f"bytes={start}-{stop - 1}",
+            }
+            async with session.get(self.fs.encode_url(path), headers=headers, **options) as response:
+                self.fs._raise_not_found_for_status(response, path)
+                said = response.headers.get("Content-Range", "")
+                whole = response.status == 200
+                total = response.headers.get("Content-Length", "") if whole else said.rpartition("/")[2]
+                size = int(total) if total.isascii() and total.isdigit() else None
+                names = ("ETag", "Content-MD5", "Digest", "Last-Modified")
+                seen = info_of(path, {name: response.headers.get(name) for name in names} | {"size": size})
+                if not same(seen, info):
+                    raise OSError(errno.ESTALE, "it has changed while it was read; open it again")
+                if whole and (info.size or 0) > SMALL:
+                    raise OSError(errno.EOPNOTSUPP, "the server gives no ranges; download it and mount the copy")
+                if not whole and not said.startswith(f"bytes {start}-"):
+                    raise ConnectionError("an answer of other bytes than asked for")
+                parts, left = [], (most if whole else stop - start) + 1
+                while left and (part := await response.content.read(left)):
+                    parts.append(part)
+                    left -= len(part)
+                return seen, b"".join(parts)[slice(start, stop) if whole else slice(None)]
+
+        def attempt() -> bytes:
+            self.requests += 1
+            _, data = self._guard(path, lambda: self._wait(get()), again=True)
+            if len(data) != stop - start:
+                raise Transient(f"{len(data)} bytes at {start} where {stop - start} were asked for")
+            return data  # type: ignore[no-any-return]
+
+        return persist(attempt, self._patience, self._closed.wait, self.name_of(path))
+
+    def check_container(self) -> None:
+        """See that the file that an archive is in is still the same. Raises OSError(ESTALE)."""
+        if self._container is None:
+            return
+        fs, path, known = self._container
+
+        def look() -> Info:
+            fs.invalidate_cache(fs._parent(path))
+            return info_of(path, fs.info(path))
+
+        if not same(self._guard(path, look, again=False), known):
+            raise OSError(errno.ESTALE, f"{self.url}: it has changed since it was mounted; mount it again")
 
     def copy(self, path: str, fd: int) -> None:
         """Write a file of unknown size to `fd`, from its beginning to its end."""
@@ -178,19 +207,6 @@ class Store:
         base = path.rstrip("/")
         return f"{base}/{text}" if base or path else text
 
-    def _info(self, path: str, entry: Any) -> Info:
-        size, kind, mode = entry.get("size"), entry.get("type"), entry.get("mode")
-        if not isinstance(size, int) or size < 0:
-            size = None
-        directory = kind == "directory"
-        tags = tuple((key, str(entry[key])) for key in _VERSIONS if entry.get(key) is not None)
-        mtime = 0
-        for key in _TIMES:
-            if entry.get(key) is not None and (mtime := _nanoseconds(entry[key])):
-                break
-        mode = mode & 0o777 if isinstance(mode, int) else None
-        return Info(path, directory, 0 if directory else size, mtime, mode or None, tags)
-
     # Changing: tried once
 
     def put(self, path: str, fd: int, size: int) -> None:
@@ -218,7 +234,6 @@ class Store:
         """Make a directory, where the store has such a thing."""
         self._change(path, lambda: self.fs.mkdir(path, create_parents=False))
         try:
-            self.fs.invalidate_cache(path)
             self.flat = not self.info(path).directory
         except FileNotFoundError:
             self.flat = True
@@ -281,10 +296,14 @@ class Store:
         method = getattr(self.fs, "_" + name, None) if self.is_async else None
         if method is None:
             return getattr(self.fs, name)(*arguments, **options)
+        return self._wait(method(*arguments, **options))
+
+    def _wait(self, coroutine: Any) -> Any:
+        """Have fsspec's loop do something, for as long as our patience lasts."""
         import asyncio
         from concurrent.futures import TimeoutError as TooLong
 
-        future = asyncio.run_coroutine_threadsafe(method(*arguments, **options), self.fs.loop)
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.fs.loop)
         begun = monotonic()
         while True:
             try:
@@ -308,6 +327,8 @@ class Store:
             raise self._translate(path, error, again) from error
 
     def _translate(self, path: str, error: Exception, again: bool) -> Exception:
+        if self.web and isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # fsspec calls every failure of a look at a file on a web server so
         for kind, number in _ABOUT_FILES.items():
             if isinstance(error, kind):
                 return self._error(number, path, os.strerror(number))
@@ -316,13 +337,24 @@ class Store:
             return self._error(errno.EOPNOTSUPP, path, f"the filesystem {self.protocols[0]} of fsspec cannot do this")
         if isinstance(error, UnicodeError):
             return self._error(errno.EILSEQ, path, text)
-        status = getattr(error, "status", None)
-        if isinstance(status, int) and status not in _PASSING:
+        status = _status(error)
+        if isinstance(error, SSLCertVerificationError):
+            why = getattr(getattr(error, "certificate_error", error), "verify_message", error)  # aiohttp wraps it
+            text = f"the certificate does not hold: {why} (own authority: SSL_CERT_FILE)"
+            return self._error(errno.EACCES, path, text)
+        if status and status not in _PASSING:
             return self._error(_STATUS.get(status, errno.EIO), path, f"HTTP status {status}")
         timed_out = isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOTEMPTY,
+            errno.ENOSPC,
+            errno.EROFS,
+            errno.EDQUOT,
+            errno.ESTALE,
+            errno.EOPNOTSUPP,
+        ):
             return self._error(error.errno, path, error.strerror or text)
-        passing = timed_out or isinstance(status, int) or isinstance(error, (ConnectionError, OSError))
+        passing = timed_out or bool(status) or isinstance(error, (ConnectionError, OSError))
         passing = passing or "Connect" in type(error).__name__ or "Disconnect" in type(error).__name__
         if again and passing:
             return Transient(text, timed_out=timed_out)
@@ -433,12 +465,14 @@ def fetch(store: Store, info: Info, reader: Reader | None, offset: int, length: 
     these, or these are not given. What came in one piece is of one version by itself.
     """
     size = info.size or 0
+    if store.web:
+        return store.web_range(info, offset, offset + length)
     if reader is not None:
         data = reader.fetch(offset, length)
     else:
-        data = store.range(info.path, offset, offset + length, size)
+        data = store.range(info.path, offset, offset + length)
+    store.check_container()
     if info.told and length < size:
-        store.fs.invalidate_cache(store.fs._parent(info.path))
         if not same(store.info(info.path), info):
             raise OSError(errno.ESTALE, f"{store.name_of(info.path)}: it has changed while it was read; open it again")
     elif len(data) != length:
@@ -454,11 +488,6 @@ def open_file(url: str, storage: Mapping[str, Any], patience: Patience | None = 
     except BaseException:
         store.close()
         raise
-
-
-def visible(url: str) -> str:
-    """Give a URL, or a chain of them, without passwords and signatures."""
-    return "::".join(shown(part) if "://" in part else part for part in url.split("::"))
 
 
 def _connect(url: str, name: str, storage: Mapping[str, Any]) -> tuple[Any, str]:
@@ -484,8 +513,18 @@ def _connect(url: str, name: str, storage: Mapping[str, Any]) -> tuple[Any, str]
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(errno.EINVAL, f"{name}: {error}") from error
     except Exception as error:
-        raise OSError(errno.EIO, f"{name}: {type(error).__name__}: {error}") from error
+        code = _STATUS.get(_status(error), errno.EIO)
+        raise OSError(code, f"{name}: {type(error).__name__}: {error}") from error
     return fs, path
+
+
+def _status(error: Exception) -> int:
+    """Give the HTTP status that an error of one of the libraries tells of; 0 for none."""
+    for one, name in ((error, "status"), (error, "status_code"), (getattr(error, "response", None), "status_code")):
+        status = getattr(one, name, None)
+        if isinstance(status, int):
+            return status
+    return 0
 
 
 def _can_write(fs: Any) -> bool:
@@ -502,30 +541,6 @@ def _can_write(fs: Any) -> bool:
         if method is not None and all(method is not getattr(base, name, None) for base in bases):
             return True
     return False
-
-
-def _nanoseconds(value: Any) -> int:
-    """Make a time of the forms that filesystems have; 0 for what is none."""
-    from datetime import UTC, datetime
-
-    try:
-        if isinstance(value, str):
-            if value.endswith("GMT"):
-                from email.utils import parsedate_to_datetime
-
-                value = parsedate_to_datetime(value)
-            else:
-                value = datetime.fromisoformat(value)
-        elif isinstance(value, tuple):
-            value = datetime(*value).astimezone()  # a zip archive has local time
-        if isinstance(value, datetime):
-            if value.tzinfo is None and value.year > 1980:
-                value = value.replace(tzinfo=UTC)
-            value = value.timestamp()
-        seconds = float(value)
-        return int(seconds * 1_000_000) * 1000 if abs(seconds) < 1 << 33 else 0
-    except (ValueError, TypeError, OverflowError, OSError):
-        return 0
 
 
 def _pread(fd: int, offset: int, length: int) -> bytes:

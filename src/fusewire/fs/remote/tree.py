@@ -12,24 +12,32 @@ from hashlib import blake2b
 from time import monotonic, time_ns
 
 from fusewire.fs.remote.blocks import Blocks, RemoteData
-from fusewire.fs.remote.store import Info, Reader, Store, fetch, same
+from fusewire.fs.remote.looks import Info, same
+from fusewire.fs.remote.store import Reader, Store, fetch
 
-_SPOOLS = ("/var/tmp", "/tmp")  # noqa: S108 - files there have no name
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SPOOLS = ("/var/tmp", "/tmp")  # noqa: S108 - files there have no name
 
 
 class Spool:
     """A file of no name that holds the contents of a remote one while it is written. Closed with its last user."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "place")
 
-    def __init__(self) -> None:
+    def __init__(self, places: Sequence[str] = SPOOLS) -> None:
+        """Make it in the first of these directories that can have it, and in memory where none can."""
         self.fd = -1
-        for place in _SPOOLS:
+        for place in places:
             try:
                 self.fd = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             except OSError:
                 continue
+            self.place = place
             return
+        self.place = ""
         self.fd = os.memfd_create("fusewire-spool", os.MFD_CLOEXEC)  # in a sandbox without directories
 
     @property
@@ -43,12 +51,29 @@ class Spool:
         return os.fstat(self.fd).st_blocks
 
     def write(self, offset: int, data: memoryview | bytes) -> int:
-        """Write all of `data`."""
+        """Write `data`, or as much of it as there is room for. Raises OSError, when that is nothing."""
         view = memoryview(data)
         done = 0
         while done < len(view):
-            done += os.pwrite(self.fd, view[done:], offset + done)
+            try:
+                done += os.pwrite(self.fd, view[done:], offset + done)
+            except OSError as error:
+                if done:
+                    break  # the next one hears of it
+                where = f"{self.place}, where what is written is kept until it is uploaded; TMPDIR is tried first"
+                text = f"{error.strerror}: {where}" if self.place else error.strerror
+                raise OSError(error.errno, text) from None
         return done
+
+    def keep(self, name: bytes) -> str:
+        """Give it a name in its directory, so that it outlives us: that path. Raises OSError."""
+        if not self.place:
+            raise OSError(errno.EOPNOTSUPP, "it is in memory")
+        last = f"fusewire-unsaved-{os.urandom(4).hex()}-{os.fsdecode(name[:100])}"
+        path = os.path.join(self.place, last)
+        # link(2) would link the magic link itself; with a directory given, though none is needed, it is linkat(2).
+        os.link(f"/proc/self/fd/{self.fd}", path, src_dir_fd=self.fd, follow_symlinks=True)
+        return path
 
     def __del__(self) -> None:
         fd, self.fd = self.fd, -1
@@ -172,7 +197,7 @@ class Node:
             self.drop_version()
         if not same(info, self.info):
             self.mtime = None
-        self.info = info
+        self.info = info._replace(path=self.info.path)  # it may have been moved while somebody looked
         self.checked = now
         self.local = False
 
