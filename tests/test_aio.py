@@ -357,6 +357,43 @@ if {in_process}:
     )
 
 
+@pytest.mark.parametrize("in_process", [False, True], ids=["child", "in_process"])
+def test_async_handler_that_would_end_the_program_does_not_end_the_loop_of_the_others(python, in_process):
+    run(
+        python,
+        f"""
+class Ending(Async):
+    async def read(self, *arguments):
+        raise SystemExit("enough")
+with fusewire.mounted(Ending(), in_process={in_process}, log=lambda *_: None) as m:
+    for _ in range(5):
+        try:
+            with open(m.path + "/now") as file:
+                file.read()
+        except OSError as error:
+            assert error.errno == errno.EIO, error
+        else:
+            raise AssertionError("it was read")
+""",
+    )
+
+
+def test_task_that_is_cancelled_before_it_begins_is_answered():
+    answers = []
+
+    async def never():
+        raise AssertionError("it has begun")
+
+    async def main():
+        runner = aio.Runner()
+        pending = runner.pending(never())
+        pending.bind(lambda result, error: answers.append(error))
+        await runner.stop(1)
+
+    asyncio.run(main())
+    assert [error.errno for error in answers] == [errno.ECANCELED]
+
+
 def test_each_process_has_a_loop_of_its_own_for_async_handlers(python):
     run(
         python,
@@ -406,6 +443,244 @@ def test_serve_async_runs_on_uvloop():
     if os.geteuid() == 0:
         rootless.open_fuse_device()
     run([sys.executable], USE + LOOP + "import uvloop\nuvloop.run(main())\n")
+
+
+TRIO = """
+import trio, math, signal
+class Trio(Async):
+    async def init(self, connection):
+        await trio.sleep(0)
+        self.events.append("init")
+    async def destroy(self):
+        await trio.sleep(0)
+        self.events.append("destroy")
+    async def lookup(self, caller, parent, name):
+        self.loops.add(trio.lowlevel.current_root_task())
+        await trio.sleep(0)
+        if name == b"never":
+            self.events.append("wait")
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled:
+                self.events.append("cancelled")
+                raise
+        return fusewire.Entry({b"now": 2, b"broken": 3}[name], self._attr(2)) if name in (b"now", b"broken") else None
+    async def read(self, nodeid, fh, offset, size, *rest):
+        await trio.sleep(0.001)
+        if nodeid == 3:
+            raise OSError(errno.ENXIO, "broken")
+        return b"now\\n"[offset : offset + size]
+
+class Ready:
+    def __init__(self):
+        self.event = trio.Event()
+    def __call__(self, path):
+        self.path = path
+        self.event.set()
+"""
+
+
+def run_trio(program: str) -> None:
+    pytest.importorskip("trio", reason="trio is not installed")
+    if os.geteuid() == 0:
+        rootless.open_fuse_device()
+    run([sys.executable, "-W", "error"], USE + TRIO + program)
+
+
+def test_serve_async_runs_in_a_run_of_trio():
+    run_trio(
+        """
+async def main():
+    fs, ready = Trio(), Ready()
+    await trio.to_thread.run_sync(lambda: None)
+    before = sorted(os.listdir("/proc/self/fd"))
+    async with trio.open_nursery() as nursery:
+        async def serve():
+            await fusewire.serve_async(fs, ready=ready)
+        nursery.start_soon(serve)
+        await ready.event.wait()
+        await trio.to_thread.run_sync(use, ready.path)
+        assert fs.loops == {trio.lowlevel.current_root_task()}
+        assert fs.events == ["init", "wait", "cancelled"], fs.events
+        stuck = subprocess.Popen([sys.executable, "-c", "import os, sys; os.stat(sys.argv[1])", ready.path + "/never"],
+                                 stderr=subprocess.DEVNULL)
+        while fs.events[-1] != "wait":
+            await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert await trio.to_thread.run_sync(stuck.wait, 10) == 1
+    assert fs.events[-2:] == ["cancelled", "destroy"], fs.events
+    assert sorted(os.listdir("/proc/self/fd")) == before
+trio.run(main)
+"""
+    )
+
+
+def test_tree_of_nodes_may_await_what_trio_has():
+    run_trio(
+        """
+class Released:
+    async def release(self):
+        await trio.sleep(0)
+        events.append("released")
+class File(fusewire.File):
+    async def open(self, flags):
+        return Released()
+    async def read(self, offset, size):
+        await trio.sleep(0)
+        return b"text"[offset:]
+class Tree(fusewire.Dir):
+    async def init(self, connection):
+        await trio.sleep(0)
+        events.append("init")
+    async def destroy(self):
+        await trio.sleep(0)
+        events.append("destroy")
+    async def children(self):
+        await trio.sleep(0)
+        return {"file": File()}
+def look(path):
+    with open(path + "/file") as file:
+        assert file.read() == "text"
+    return os.open(path + "/file", os.O_RDONLY)
+async def main():
+    ready = Ready()
+    async with trio.open_nursery() as nursery:
+        async def serve():
+            await fusewire.serve_async(Tree(), ready=ready)
+        nursery.start_soon(serve)
+        await ready.event.wait()
+        descriptor = await trio.to_thread.run_sync(look, ready.path)
+        nursery.cancel_scope.cancel()
+    assert sorted(events) == ["destroy", "init", "released", "released"], events
+    try:
+        os.close(descriptor)
+    except OSError as error:
+        assert error.errno == errno.ENOTCONN
+events = []
+trio.run(main)
+"""
+    )
+
+
+def test_failures_under_trio_are_errors_and_no_groups():
+    run_trio(
+        """
+class Broken(Trio):
+    async def init(self, connection):
+        raise ValueError("no such source")
+async def main():
+    before = sorted(os.listdir("/proc/self/fd"))
+    try:
+        await fusewire.serve_async(Broken(), log=lambda *_: None)
+    except OSError as error:
+        assert "no such source" in str(error), error
+    else:
+        raise AssertionError("it started")
+    with trio.move_on_after(0) as scope:
+        await fusewire.serve_async(Trio())
+    assert scope.cancelled_caught
+    assert sorted(os.listdir("/proc/self/fd")) == before, (before, sorted(os.listdir("/proc/self/fd")))
+async def warm():
+    await trio.to_thread.run_sync(int)
+    await main()
+trio.run(warm)
+"""
+    )
+
+
+def test_method_that_ends_the_program_ends_the_run_of_trio():
+    run_trio(
+        """
+class Ending(Trio):
+    async def read(self, *arguments):
+        raise SystemExit("enough")
+async def main():
+    ready = Ready()
+    async with trio.open_nursery() as nursery:
+        async def serve():
+            await fusewire.serve_async(Ending(), ready=ready, log=lambda *_: None)
+        nursery.start_soon(serve)
+        await ready.event.wait()
+        def read():
+            try:
+                with open(ready.path + "/now") as file:
+                    file.read()
+            except OSError:
+                pass
+        await trio.to_thread.run_sync(read)
+        await trio.sleep_forever()
+try:
+    trio.run(main)
+except BaseExceptionGroup as group:
+    assert group.subgroup(SystemExit) and not group.subgroup(Exception)
+else:
+    raise AssertionError("it has not ended")
+"""
+    )
+
+
+def test_serve_async_ends_under_trio_when_it_is_unmounted(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    run_trio(
+        f"""
+async def main():
+    fs, ready = Trio(), Ready()
+    place = {str(tmp_path / "mnt")!r}
+    async with trio.open_nursery() as nursery:
+        async def serve():
+            await fusewire.serve_async(fs, place, ready=ready)
+        nursery.start_soon(serve)
+        await ready.event.wait()
+        await trio.run_process(["umount", place])
+    assert fs.events == ["init", "destroy"] and not os.path.lexists(place)
+trio.run(main)
+"""
+    )
+
+
+def test_async_init_of_a_tree_is_waited_for_on_a_loop(python):
+    run(
+        python,
+        """
+class Tree(fusewire.Dir):
+    started = 0
+    async def init(self, connection):
+        await asyncio.sleep(0.01)
+        self.loop = asyncio.get_running_loop()
+        self.started += 1
+    async def destroy(self):
+        await asyncio.sleep(0)
+        self.started += 1
+class Broken(Tree):
+    async def init(self, connection):
+        raise ValueError("no such source")
+class Slow(Tree):
+    async def lookup(self, name):
+        self.asked = asyncio.current_task()
+        await asyncio.sleep(3600)
+async def main():
+    try:
+        await fusewire.serve_async(Broken(), log=lambda *_: None)
+    except OSError as error:
+        assert "no such source" in str(error), error
+    else:
+        raise AssertionError("it started")
+    tree, ready = Slow(), asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(fusewire.serve_async(tree, ready=ready.set_result))
+    path = await ready
+    assert tree.started == 1 and tree.loop is asyncio.get_running_loop()
+    looking = asyncio.create_task(asyncio.to_thread(os.path.exists, path + "/x"))
+    while not hasattr(tree, "asked"):
+        await asyncio.sleep(0.001)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert tree.started == 2 and tree.asked.done()
+    assert await looking is False
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+asyncio.run(main())
+""",
+    )
 
 
 def test_plain_filesystem_is_served_on_a_loop_too(python):
@@ -488,7 +763,9 @@ asyncio.run(main())
 
 def test_serve_async_without_a_loop_says_what_it_needs():
     coroutine = fusewire.serve_async(Async())
-    with pytest.raises(RuntimeError, match="needs a running asyncio event loop"):
+    with pytest.raises(
+        RuntimeError, match=r"needs a running event loop, of asyncio .* or trio: call it in a coroutine"
+    ):
         coroutine.send(None)
 
 

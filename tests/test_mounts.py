@@ -354,6 +354,162 @@ fusewire.mounted(Hanging(), "mnt")
     assert os.listdir(user.place) == []
 
 
+def test_server_that_dies_at_its_start_leaves_no_mount(user):
+    out, _ = user.run(
+        """
+class Dying(Hello):
+    def init(self, connection):
+        os.kill(os.getpid(), signal.SIGKILL)
+before = fds()
+for place in (None, "mnt"):
+    print(fails(errno.EIO, fusewire.mounted, Dying(), place))
+    assert not os.path.lexists("mnt")
+assert fds() == before and not children()
+assert str(os.getcwd()) not in read("/proc/self/mountinfo").decode()
+"""
+    )
+    assert out.count("was killed by signal 9 before the mount was ready") == 2
+
+
+def test_error_before_the_start_leaves_nothing(user, in_process):
+    user.run(
+        """
+before = fds()
+for place in (None, "mnt"):
+    try:
+        fusewire.mounted(Hello(), place, in_process=IN_PROCESS, threads="many")
+    except (TypeError, RuntimeError) as error:
+        assert "not supported between instances" in str(error)
+    else:
+        raise AssertionError("it has started")
+assert fds() == before and not children() and os.listdir() == []
+fails(errno.EINVAL, lambda: fusewire.mounted(Hello(), in_process=IN_PROCESS, strategy="direct"))
+""".replace("IN_PROCESS", str(in_process))
+    )
+
+
+def test_method_that_ends_its_thread_ends_the_mount_in_the_end_and_nobody_hangs(user, in_process):
+    out, _ = user.run(
+        """
+class Ending(Hello):
+    def read(self, *arguments):
+        raise SystemExit("enough")
+before = fds()
+try:
+    with fusewire.mounted(Ending(), in_process=IN_PROCESS, threads=2, log=lambda *_: None) as m:
+        numbers = set()
+        while errno.ENOTCONN not in numbers:
+            try:
+                read(m.path + "/hello")
+            except OSError as error:
+                numbers.add(error.errno)
+        assert numbers <= {errno.EIO, errno.ECONNABORTED, errno.ENOTCONN}, numbers
+        while m.is_alive:
+            time.sleep(0.001)
+        print(fails(errno.ENOTCONN, m.check))
+except OSError as error:
+    print(error)
+assert fds() == before and not children()
+""".replace("IN_PROCESS", str(in_process))
+    )
+    assert out.count("a method raised SystemExit('enough')") == 2
+
+
+def test_processes_that_the_filesystem_forks_do_not_keep_the_mount(user, in_process):
+    user.run(
+        """
+reader, writer = os.pipe()
+class Forking(Hello):
+    def init(self, connection):
+        if os.fork() == 0:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+with fusewire.mounted(Forking(), in_process=IN_PROCESS) as m:
+    read(m.path + "/hello")
+    m.unmount()
+    assert not m.is_alive
+os.close(writer)
+if IN_PROCESS:
+    os.wait()
+""".replace("IN_PROCESS", str(in_process))
+    )
+
+
+def test_threads_mount_at_the_same_time(user):
+    user.run(
+        """
+before, failures = fds(), []
+def work(in_process):
+    try:
+        for _ in range(5):
+            with fusewire.mounted(Hello(), in_process=in_process) as m:
+                assert read(m.path + "/hello") == Hello.text
+    except BaseException as error:
+        failures.append(error)
+threads = [threading.Thread(target=work, args=(number % 2 == 1,)) for number in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failures, failures
+assert fds() == before and not children()
+"""
+    )
+
+
+def test_copies_of_its_socket_do_not_hide_the_end_of_a_child(user):
+    user.run(
+        """
+from fusewire.linux import process
+copies, pair = [], process.socket_pair
+def copied(**options):
+    ours, theirs = pair(**options)
+    copies.extend([os.dup(ours), os.dup(theirs)])   # as in a child that another thread has forked meanwhile
+    return ours, theirs
+process.socket_pair = copied
+for in_process in (False, True):
+    with fusewire.mounted(Hello(), in_process=in_process) as m:
+        assert read(m.path + "/hello") == Hello.text
+    assert not children()
+assert len(copies) == 4
+"""
+    )
+
+
+def test_fifty_mounts_leave_nothing(user, in_process):
+    user.run(
+        """
+import tempfile
+tempfile.tempdir = os.getcwd()
+with fusewire.mounted(Hello(), in_process=IN_PROCESS):
+    pass
+before = fds()
+for _ in range(50):
+    with fusewire.mounted(Hello(), in_process=IN_PROCESS) as m:
+        read(m.path + "/hello")
+for thread in threading.enumerate():
+    if thread is not threading.main_thread():
+        thread.join(10)
+assert fds() == before and not children() and threading.active_count() == 1 and os.listdir() == []
+""".replace("IN_PROCESS", str(in_process))
+    )
+
+
+def test_filesystem_in_the_process_may_use_its_own_mount(user):
+    user.run(
+        """
+class Looking(Hello):
+    def read(self, *arguments):
+        return str(os.listdir(m.path)).encode()
+    def open(self, caller, nodeid, flags, open_flags):
+        return 0, 1  # direct_io: it is read as far as it goes
+with fusewire.mounted(Looking(), in_process=True, threads=3) as m:
+    descriptor = os.open(m.path + "/hello", os.O_RDONLY)
+    assert os.read(descriptor, 100) == b"['hello']"
+    os.close(descriptor)
+"""
+    )
+
+
 def test_program_that_is_interrupted_while_it_waits_leaves_nothing(user, in_process):
     out, _ = user.run(
         """
@@ -370,6 +526,36 @@ assert not os.path.lexists("mnt") and not children()
 """.replace("IN_PROCESS", str(in_process))
     )
     assert out == "interrupted\n"
+
+
+def test_signal_that_comes_at_any_moment_of_the_start_leaves_nothing(user):
+    user.run(
+        """
+import tempfile, warnings
+warnings.simplefilter("ignore")   # of mounts that nobody has got
+class Interrupted(BaseException): pass
+def interrupt(*_):
+    raise Interrupted
+tempfile.tempdir = os.getcwd()
+with fusewire.mounted(Hello()):
+    pass
+before, count = fds(), 0
+signal.signal(signal.SIGALRM, interrupt)
+for number in range(1, 31):
+    m = None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, number / 2000)
+        m = fusewire.mounted(Hello())
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interrupted:
+        count += 1
+    if m is not None:
+        with m:
+            pass
+assert count > 0
+assert fds() == before and not children() and os.listdir() == [], (fds(), children(), os.listdir())
+"""
+    )
 
 
 def test_thread_that_mounted_may_end(user):
@@ -505,6 +691,18 @@ assert [str(w.message).endswith("use `with`") for w in caught] == [True]
 assert not os.path.lexists("mnt") and not children()
 """
     )
+
+
+def test_mount_that_is_forgotten_is_ended_where_warnings_are_errors(user):
+    _, said = user.run(
+        """
+import warnings
+warnings.simplefilter("error")
+fusewire.mounted(Hello(), "mnt")
+assert not os.path.lexists("mnt") and not children()
+"""
+    )
+    assert "use `with`" in said
 
 
 def test_program_that_ends_without_unmounting_leaves_nothing(user):

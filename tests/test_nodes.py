@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -290,6 +291,77 @@ def test_replaced_node_of_a_table_is_another_file_and_what_is_open_stays():
     assert kernel.read_file(b"file") == b"new"
 
 
+def test_replaced_node_is_another_file_also_where_the_old_one_has_names_elsewhere_or_came_from_there():
+    shared = Bytes(b"old")
+    root = Dir(one=Dir(file=shared), two=Dir(file=shared, writable=True), writable=True)
+    kernel = Kernel(root)
+    one, two = (kernel.lookup(1, name).nodeid for name in (b"one", b"two"))
+    old = kernel.lookup(one, b"file").nodeid
+    assert kernel.lookup(two, b"file").nodeid == old
+    root["one"]["file"] = Bytes(b"new")
+    assert kernel.lookup(one, b"file").nodeid != old
+    kernel.rename(two, b"file", 1, b"moved")
+    root["moved"] = Bytes(b"newest")
+    assert kernel.lookup(1, b"moved").nodeid != old
+    assert kernel.read(old, 0, 0, 10) == b"old"
+
+
+class Row(Bytes):
+    """What is known by a number, and made anew each time."""
+
+    def __init__(self, number):
+        super().__init__(b"%d" % number)
+        self.number = number
+
+    @property
+    def key(self):
+        return self.number
+
+
+def test_key_holds_when_the_kernel_has_forgotten_the_node_meanwhile():
+    class Rows(Dir):
+        timeout = FOREVER
+
+        def children(self):
+            return {"row": Row(1)}
+
+    root = Rows()
+    kernel = Kernel(root)
+    kernel.lookup(1, b"row")
+    kernel.forget_all()
+    again = kernel.lookup(1, b"row").nodeid
+    root._listed = None
+    assert kernel.lookup(1, b"row").nodeid == again
+
+
+def test_nodes_that_were_only_listed_are_let_go_of():
+    class Rows(Dir):
+        timeout = 0
+        count = 0
+
+        def children(self):
+            self.count += 1
+            return {f"row {self.count}": Row(self.count)}
+
+    filesystem = NodeFilesystem(Rows())
+    kernel = FakeKernel(Session(filesystem))
+    kernel.init(flags=0x73FFFFFB & ~abi.FUSE_DO_READDIRPLUS)
+    for _ in range(5):
+        kernel.listdir()
+    assert len(filesystem._by_key) == len(filesystem._root.names) == 1
+
+
+def test_filesystem_that_is_served_again_is_told_of_changes():
+    filesystem = NodeFilesystem(Dir(file=Bytes(b"text")))
+    for _ in range(2):
+        kernel = FakeKernel(Session(filesystem))
+        kernel.init()
+        kernel.lookup(1, b"file")
+        filesystem.root.changed(wait=True)
+        assert len(kernel.notifications) == 2
+        kernel.session.close()
+
+
 def test_inode_number_may_be_the_programs():
     file = Bytes()
     file.ino = 4711
@@ -350,6 +422,64 @@ def test_name_that_cannot_be_does_not_cost_the_others():
     assert kernel.names() == [b"good"]
     assert len(kernel.said) == 2
     assert "Odd left out a name" in kernel.said[0]
+
+
+def test_what_is_no_node_does_not_cost_the_others_and_is_told():
+    class Careless(Dir):
+        def children(self):
+            return {"text": "text", "class": Bytes, 1: Bytes(), "good": Bytes()}
+
+        def lookup(self, name):
+            return "text" if name == b"text" else None
+
+    class Forgetful(Dir):
+        def children(self):
+            pass
+
+    class OnlyChildren(Careless):
+        lookup = Dir.lookup
+
+    kernel = Kernel(OnlyChildren(), complains=True)
+    assert kernel.names() == [b"good"]
+    assert len(kernel.said) == 3
+    assert "OnlyChildren left out a name: 'text': a node is a fusewire.Dir" in kernel.said[0]
+    assert "'class': Bytes is a class: give an object of it, Bytes(...)" in kernel.said[1]
+    for make, call in ((Careless, lambda kernel: kernel.lookup(1, b"text")), (Forgetful, Kernel.names)):
+        kernel = Kernel(make(), complains=True)
+        fails(errno.EIO, call, kernel)
+        assert "a node is a" in kernel.said[0] or "Forgetful.children gives a mapping" in kernel.said[0]
+    table = Dir()
+    with pytest.raises(TypeError, match=r"'x': a node is a fusewire\.Dir"):
+        table["x"] = "text"
+    with pytest.raises(TypeError, match="give an object of it"):
+        Dir(x=Bytes)
+    assert list(table) == []
+
+
+def test_mapping_that_changes_while_it_is_listed_is_no_error():
+    class Live(Dir):
+        timeout = 0
+        shown = {f"{number}": Bytes() for number in range(100)}
+
+        def children(self):
+            return self.shown
+
+    kernel = Kernel(Live())
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            Live.shown["more"] = Bytes()
+            Live.shown.pop("more")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(200):
+            assert len(kernel.names()) >= 100
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_names_need_not_be_utf_8():
@@ -592,6 +722,30 @@ def test_writable_bytes_are_written_sparsely_and_have_a_limit():
 
 
 # What takes either level
+
+
+@pytest.mark.parametrize("look", [lambda node: node.data, lambda node: node.read(0, 9), Bytes.size, repr])
+def test_content_is_whole_at_each_moment_of_the_first_write(look):
+    """Whoever reads without the lock is held up at each of its lines in turn, and another thread writes then."""
+
+    def look_with_write_before_line(number):
+        node, lines = Bytes(b"old", writable=True), iter(range(number + 1))
+
+        def trace(frame, event, argument):
+            if event == "line" and next(lines, None) == number:
+                sys.settrace(None)
+                node.write(0, b"new")
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            found = look(node)
+        finally:
+            sys.settrace(before)
+        return b"".join(found) if isinstance(found, list) else found
+
+    assert {look_with_write_before_line(number) for number in range(12)} <= {b"old", b"new", 3, "<Bytes of 3 bytes>"}
 
 
 def test_operations_are_made_of_a_tree_and_left_as_they_are():

@@ -108,6 +108,82 @@ def test_rename_follows_its_rules(kernel, root):
     assert sorted(root) == [b"top", b"top2"]
 
 
+class Shelf(Dir):
+    """Objects come and go; what they are is in a dict."""
+
+    def __init__(self, keyed):
+        self.notes, self.keyed = {b"one": b"1", b"two": b"22"}, keyed
+
+    def children(self):
+        return {name: Note(self, name) for name in self.notes}
+
+    def create(self, name, mode):
+        self.notes[name] = b""
+        return Note(self, name)
+
+    def rename(self, name, newdir, newname, flags):
+        if flags & 2:
+            self.notes[name], newdir.notes[newname] = newdir.notes[newname], self.notes[name]
+        else:
+            newdir.notes[newname] = self.notes.pop(name)
+
+
+class Note(File):
+    def __init__(self, shelf, name):
+        self.shelf, self.name = shelf, name
+
+    @property
+    def key(self):
+        return (id(self.shelf), self.name) if self.shelf.keyed else None
+
+    def size(self):
+        return len(self.shelf.notes[self.name])
+
+    def read(self, offset, size):
+        return self.shelf.notes[self.name][offset : offset + size]
+
+    def write(self, offset, data):
+        self.shelf.notes[self.name] = bytes(data)
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_file_of_a_computed_directory_is_the_object_of_its_new_name_once_it_is_moved(keyed):
+    first, second = Shelf(keyed), Shelf(keyed)
+    kernel = Kernel(Dir(first=first, second=second))
+    places = [kernel.lookup(1, name).nodeid for name in (b"first", b"second")]
+    one, two = (kernel.lookup(places[0], name).nodeid for name in (b"one", b"two"))
+
+    def reads(nodeid):
+        fh, _ = kernel.open(nodeid)
+        data = kernel.read(nodeid, fh, 0, 100)
+        kernel.release(nodeid, fh)
+        assert kernel.getattr(nodeid)[0][1] == len(data)
+        return data
+
+    kernel.rename(places[0], b"one", places[0], b"moved")
+    assert reads(one) == b"1"
+    kernel.rename(places[0], b"moved", places[0], b"two", 2)
+    assert (reads(one), reads(two)) == (b"1", b"22")
+    kernel.rename(places[0], b"two", places[1], b"two")
+    fh, _ = kernel.open(one, os.O_WRONLY)
+    kernel.write(one, fh, 0, b"written")
+    assert (first.notes, second.notes[b"two"]) == ({b"moved": b"22"}, b"written")
+    assert kernel.lookup(places[1], b"two").nodeid == one
+    assert kernel.lookup(places[0], b"moved").nodeid == two
+
+
+def test_directory_whose_names_are_computed_is_not_removed_by_callers():
+    class Computed(Dir):
+        def children(self):
+            return {"file": Bytes()}
+
+    root = Dir(computed=Computed(), other=Dir(), writable=True)
+    kernel = Kernel(root)
+    fails(errno.ENOTEMPTY, kernel.rmdir, 1, b"computed")
+    fails(errno.ENOTEMPTY, kernel.rename, 1, b"other", 1, b"computed")
+    assert set(root) == {b"computed", b"other"}
+
+
 def test_removed_directory_takes_no_names(kernel):
     directory = kernel.mkdir(1, b"directory").nodeid
     file = kernel.create(1, b"file")[0].nodeid

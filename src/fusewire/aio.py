@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 from _thread import allocate_lock
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fusewire.ops import FileRange, Pending
@@ -40,6 +41,8 @@ class Runner:
         returns. A `FileRange` is read here, in a thread: late answers carry their data. `done` hears of the end, for
         what nobody waits for.
         """
+        if (other := self._other()) is not None:
+            return other.pending(awaitable, done)
         loop, here = self._target()
         job = _Job(awaitable, loop, self._jobs, done)
         if here:
@@ -64,6 +67,9 @@ class Runner:
 
     def wait(self, awaitable: Awaitable[Any]) -> None:
         """Run `awaitable` and wait for its end, which is not possible on the loop's own thread: there it goes on."""
+        if (other := self._other()) is not None:
+            other.wait(awaitable)
+            return
         loop, here = self._target()
         if here:
             self.pending(awaitable)
@@ -77,15 +83,19 @@ class Runner:
         if self._jobs:
             self.wait(self.stop(_GRACE))
 
-    async def stop(self, seconds: float) -> None:
+    async def stop(self, seconds: float, *, cancel: bool = True) -> None:
         """Cancel what is at work, on the loop's own thread, and wait so long for it to end."""
         import asyncio
 
         tasks = [job.task for job in self._jobs if job.task is not None]
-        for task in tasks:
+        for task in tasks if cancel else ():
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
+
+    def _other(self) -> Runner | None:
+        here = HERE.get()
+        return None if here is self else here
 
     def _target(self) -> tuple[asyncio.AbstractEventLoop, bool]:
         """The loop to use, and whether this thread is the one that runs it."""
@@ -126,6 +136,11 @@ class _Job:
             return
         self._jobs.add(self)
         self.task = self._loop.create_task(self._run())
+        self.task.add_done_callback(self._is_over)
+
+    def _is_over(self, task: asyncio.Task[None]) -> None:
+        if self in self._jobs:  # it was cancelled before its first step
+            self.refuse()
 
     def refuse(self) -> None:
         """End what has not begun."""
@@ -162,9 +177,10 @@ class _Job:
             self._settle(None, self._cancelled())
         except Exception as error:  # noqa: BLE001 - the caller's answer: the session makes an errno of it
             self._settle(None, error)
-        except BaseException:
-            self._settle(None, OSError(errno.EIO, "the program is ending"))
-            raise
+        except BaseException as error:
+            self._settle(None, RuntimeError(f"a method raised {error!r}"))
+            if HERE.get() is not None:
+                raise  # the loop is the program's: it ends that
         else:
             self._settle(result, None)
 
@@ -209,14 +225,29 @@ class _Shared:
         import threading
 
         loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="fuse-async", daemon=True).start()
+
+        def run() -> None:
+            while True:
+                try:
+                    loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    continue  # of a task that a handler has made: all others still need the loop
+
+        threading.Thread(target=run, name="fuse-async", daemon=True).start()
         return loop
 
 
+HERE: ContextVar[Runner | None] = ContextVar("fusewire.aio.HERE", default=None)
+"""The runner of the `serve_async` that calls: it does what others are asked for."""
 # The one thing here that a process has only once, as it has one event loop per thread.
 _SHARED = _Shared()
 _RUNNER = Runner()
 os.register_at_fork(after_in_child=_SHARED.forget)
+
+
+def wait(awaitable: Awaitable[Any]) -> None:
+    """Wait for `awaitable` where `pending` would run it."""
+    _RUNNER.wait(awaitable)
 
 
 def pending(awaitable: Awaitable[Any]) -> Pending:

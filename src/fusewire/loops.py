@@ -1,4 +1,4 @@
-"""`serve_async`: a filesystem served inside somebody's asyncio event loop, without a thread of its own.
+"""`serve_async`: a filesystem served inside somebody's event loop, asyncio's or trio's, without a thread of its own.
 
 Layer: above serve, beside mounts.py. The loop tells when /dev/fuse can be read; a request is read, dispatched and,
 where its handler is a plain function, answered at once on the loop's thread. An `async def` handler becomes a task.
@@ -7,30 +7,22 @@ where its handler is a plain function, answered at once on the loop's thread. An
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fusewire.adapters import FileReply, Reply, is_async
+from fusewire.aio import HERE, Runner
+from fusewire.loops_device import Device
 from fusewire.mounts import as_operations
-from fusewire.mounts_held import GRACE, first_look, hold, options_for
-from fusewire.serve import guarded
-from fusewire.session import Session
-from fusewire.trace import trace_to_stderr
-from fusewire.transport.devfuse import ENDED, TRY_AGAIN, Channel
-from fusewire.wire import abi, codec
+from fusewire.mounts_held import GRACE, Quiet, first_look, hold, options_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from fusewire.linux.mount_base import Options
     from fusewire.mounts import Filesystem, Path
     from fusewire.mounts_held import Held
-    from fusewire.ops import Operations
     from fusewire.session import Log
-
-# So many requests are read before others on the loop get their turn.
-_TURN = 16
 
 
 async def serve_async(
@@ -53,33 +45,66 @@ async def serve_async(
     be one. The loop's thread must not use the mount itself, for nobody could answer; `asyncio.to_thread` may, except
     for mmap.
 
-    It needs asyncio's loop or one like it (uvloop). Raises OSError: `MountError`, or what has ended the connection.
+    asyncio's loop or one like it (uvloop) will do, and trio's run, where `async def` methods await what trio has.
+    Raises OSError: `MountError`, or what has ended the connection.
     """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "serve_async needs a running asyncio event loop (uvloop's will do); under trio use fusewire.mounted()"
-        ) from error
+    serve = _backend()
     operations = as_operations(fs)
     chosen = options_for(fs, operations, options)
     held: Held | None = None
-    if fd < 0:
-        held = hold(None if path is None else os.path.join(os.getcwdb(), os.fsencode(path)), chosen, strategy)
-        fd = held.fd
-        if held.maps is not None:
-            operations.serve_namespace(*held.maps)
-    pump = _Pump(operations, fd, loop, debug=debug, log=log, owned=chosen.allow_root)
+    try:
+        with Quiet():
+            if fd < 0:
+                held = hold(None if path is None else os.path.join(os.getcwdb(), os.fsencode(path)), chosen, strategy)
+                fd = held.fd
+                if held.maps is not None:
+                    operations.serve_namespace(*held.maps)
+            device = Device(operations, fd, debug=debug, log=log, owned=chosen.allow_root)
+    except BaseException:
+        if held is not None:
+            held.unmount(lazy=True)
+            held.close()
+        raise
+    await serve(device, held, ready)
+
+
+def _backend() -> Callable[[Device, Held | None, Callable[[str], object] | None], Awaitable[None]]:
+    try:
+        asyncio.get_running_loop()
+        return _serve
+    except RuntimeError:
+        pass
+    trio = sys.modules.get("trio")
+    try:
+        if trio is not None:
+            trio.lowlevel.current_trio_token()
+            from fusewire.loops_trio import serve
+
+            return serve
+    except RuntimeError:
+        pass
+    raise RuntimeError(
+        "serve_async needs a running event loop, of asyncio (uvloop's will do) or trio: call it in a coroutine that"
+        " asyncio.run() or trio.run() runs, or use fusewire.mounted()"
+    )
+
+
+async def _serve(device: Device, held: Held | None, ready: Callable[[str], object] | None) -> None:
+    pump = _Pump(device, asyncio.get_running_loop())
+    before = HERE.set(pump.runner)
     try:
         await pump.begin()
         if held is not None:
             where = os.fsdecode(held.path)
-            await asyncio.to_thread(first_look, operations, where)
+            await asyncio.to_thread(first_look, device.operations, where)
             if ready is not None:
                 ready(where)
-        await pump.ended
+        await pump.ended.wait()
+        if device.failure is not None:
+            raise device.failure
     finally:
         await _to_the_end(pump.leave(held))
+        HERE.reset(before)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
@@ -94,133 +119,60 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 class _Pump:
-    """Reads requests of one connection when the loop says that there are any."""
+    """Has a device served when asyncio's loop says that there are requests."""
 
-    def __init__(
-        self,
-        operations: Operations,
-        fd: int,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        debug: bool,
-        log: Log | None,
-        owned: bool,
-    ) -> None:
-        self._session = session = Session(operations, log=log)
-        if session.runner is not None:
-            session.runner.loop = loop
-        self._handle: Callable[[Any], Reply] = session.handle
-        if owned:
-            self._handle = guarded(session.handle, os.getuid(), os.getgid())
-        self._channel = Channel(fd, session)
-        self._fd = fd
+    def __init__(self, device: Device, loop: asyncio.AbstractEventLoop) -> None:
+        self._device = device
         self._loop = loop
-        self._trace = trace_to_stderr if debug else None
-        self._buffer = bytearray(max(abi.FUSE_MIN_READ_BUFFER, session.max_write + 4096))
-        self._view = memoryview(self._buffer)
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self._readable: asyncio.Future[None] | None = None
+        self.runner = Runner(loop)
+        self.ended = asyncio.Event()
+        self._readable = asyncio.Event()
 
     async def begin(self) -> None:
         """Serve INIT, and from then on all requests. Raises OSError if the filesystem would not start."""
-        os.set_blocking(self._fd, False)
-        self._loop.add_reader(self._fd, self._wake)
-        session = self._session
-        while not session.ready and not self.ended.done():
-            request = self._receive()
+        device = self._device
+        while not device.session.ready and not device.over:
+            request = device.receive()
             if request is None:
-                self._readable = self._loop.create_future()
-                await self._readable
+                self._readable.clear()
+                self._loop.add_reader(device.fd, self._readable.set)
+                await self._readable.wait()
                 continue
-            if is_async(session.operations.init):
-                # On this thread nothing could wait for it.
-                self._loop.remove_reader(self._fd)
-                self._answer(request, await asyncio.to_thread(self._handle, bytes(request)))
+            self._loop.remove_reader(device.fd)
+            if device.waits("init"):
+                device.answer(request, await asyncio.to_thread(device.handle, bytes(request)))
             else:
-                self._answer(request, self._handle(request))
-            if session.refused:
-                raise OSError(errno.EPROTO, session.refused)
-        self._readable = None
-        self._loop.add_reader(self._fd, self._serve)
-
-    def _wake(self) -> None:
-        if self._readable is not None and not self._readable.done():
-            self._readable.set_result(None)
+                device.answer(request, device.handle(request))
+            device.check_started()
+        self._loop.add_reader(device.fd, self._serve)
 
     def _serve(self) -> None:
-        for _ in range(_TURN):
-            request = self._receive()
-            if request is None:
-                return
-            self._answer(request, self._handle(request))
-
-    def _receive(self) -> memoryview | None:
-        while True:
-            try:
-                return self._view[: os.readv(self._fd, [self._buffer])]
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                if error.errno in TRY_AGAIN:
-                    continue
-                self._loop.remove_reader(self._fd)
-                if not self.ended.done():
-                    if error.errno in ENDED:
-                        self.ended.set_result(None)
-                    else:
-                        self.ended.set_exception(error)
-                self._wake()
-                return None
-
-    def _answer(self, request: memoryview, reply: Reply) -> None:
-        if self._trace is not None:
-            self._trace(request, reply)
-        if reply is None:
-            return
-        try:
-            if isinstance(reply, FileReply):
-                os.writev(self._fd, _read_file(reply))
-            else:
-                os.writev(self._fd, reply)
-        except OSError as error:
-            if error.errno in TRY_AGAIN or error.errno in ENDED:
-                return  # nobody waits for it any more
-            self._session.bad_replies += 1
-            self._session.log_once("the kernel refused a reply", error)
-            unique = codec.IN_HEADER.unpack_from(request)[2]
-            self._channel.send([codec.OUT_HEADER.pack(16, -errno.EIO, unique)])
+        self._device.serve_some()
+        if self._device.over:
+            self._loop.remove_reader(self._device.fd)
+            self.ended.set()
 
     async def leave(self, held: Held | None) -> None:
-        """Unmount, end what is at work, and close the descriptor: whoever still waits gets ENOTCONN."""
-        if held is not None and not self.ended.done() and self._session.ready:
+        """Unmount, end what is at work, and close the descriptor."""
+        device = self._device
+        if held is not None and not device.over and device.session.ready:
             # In a thread: the kernel may write back what it has cached, and this thread answers.
             try:
                 await asyncio.to_thread(held.unmount, True)
             except OSError as error:
-                self._session.log_once("cannot unmount", error)
-            await asyncio.wait([self.ended], timeout=GRACE)
+                device.session.log_once("cannot unmount", error)
+            try:
+                await asyncio.wait_for(self.ended.wait(), GRACE)
+            except TimeoutError:
+                pass  # somebody still has files open
         elif held is not None:
             held.unmount(lazy=True)
-        if not self.ended.done():
-            self._loop.remove_reader(self._fd)
-            self.ended.cancel()
-        if self._session.runner is not None:
-            await self._session.runner.stop(GRACE)
-        if is_async(self._session.operations.destroy):
-            await asyncio.to_thread(self._session.close)
+        self._loop.remove_reader(device.fd)
+        self.ended.set()
+        await self.runner.stop(GRACE)
+        if device.waits("destroy"):
+            await asyncio.to_thread(device.session.close)
         else:
-            self._session.close()
-        if held is not None:
-            held.close()
-        else:
-            os.close(self._fd)
-        self._channel.fd = -1
-
-
-def _read_file(reply: FileReply) -> list[bytes]:
-    fd, offset, size, _keep = reply.range
-    try:
-        data = os.pread(fd, size, offset)
-    except OSError as error:
-        return [codec.OUT_HEADER.pack(16, -(error.errno or errno.EIO), reply.unique)]
-    return [codec.OUT_HEADER.pack(16 + len(data), 0, reply.unique), data]
+            device.session.close()
+        await self.runner.stop(GRACE, cancel=False)  # async methods that only end something
+        device.close(held)

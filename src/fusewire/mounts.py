@@ -23,10 +23,12 @@ from fusewire.mounts_held import (
     PATIENCE,
     Held,
     Mounted,
+    Quiet,
     first_look,
     hold,
     make_server,
     options_for,
+    reason,
 )
 from fusewire.ops import Operations
 
@@ -64,18 +66,22 @@ class _InProcess(Mounted):
         self._operations = operations
         self._held = held
         self._server = server
-        self._ended = False
+        self._begun = self._ended = False
         self._lock = threading.Lock()
+        self.on_end: Callable[[], None] | None = None
+        server.on_end = self._left
 
-    def start(self) -> None:
+    def start(self, quiet: Quiet) -> None:
         """Serve; raises what the filesystem's `init` does."""
-        LIVE.add(self)
         import atexit
 
+        LIVE.add(self)
         atexit.register(self._end)
         try:
+            quiet.end()
             if self._held.maps is not None:
                 self._operations.serve_namespace(*self._held.maps)
+            self._begun = True
             self._server.begin()
             first_look(self._operations, self.path)
         except BaseException:
@@ -92,6 +98,15 @@ class _InProcess(Mounted):
             self._held.unmount(lazy=lazy)
             if self._server.wait_end(GRACE if lazy else PATIENCE):
                 self._finish()
+
+    def _left(self) -> None:
+        """Hear, from the last worker, that nobody serves any more."""
+        with self._lock:
+            if not self._ended and self._server.failure is not None:
+                # Else whoever asks waits for ever, and SIGKILL does not end a process that waits for itself.
+                self._held.abandon()
+        if self.on_end is not None:
+            self.on_end()
 
     def _finish(self) -> None:
         import atexit
@@ -127,8 +142,9 @@ class _InProcess(Mounted):
 
     def check(self) -> None:
         if not self.is_alive:
-            reason = self._server.failure or "it has been unmounted"
-            raise OSError(errno.ENOTCONN, f"the filesystem is not served any more: {reason}", self.path)
+            failure = self._server.failure
+            why = "it has been unmounted" if failure is None else reason(failure)
+            raise OSError(errno.ENOTCONN, f"the filesystem is not served any more: {why}", self.path)
 
     def forget(self) -> None:
         import atexit
@@ -150,13 +166,15 @@ class _InProcess(Mounted):
                 self._held.unmount()
             except OSError:
                 self._held.unmount(lazy=True)
-            if not self._server.wait_end(GRACE):
+            if self._begun and not self._server.wait_end(GRACE):
                 self._hand_over()
                 return
             failure = self._server.failure
             self._finish()
         if failure is not None:
-            raise OSError(errno.ENOTCONN, f"serving the filesystem has ended: {failure}", self.path) from failure
+            raise OSError(
+                errno.ENOTCONN, f"serving the filesystem has ended: {reason(failure)}", self.path
+            ) from failure
 
 
 # What programs call
@@ -190,14 +208,24 @@ def mounted(
     operations = as_operations(fs)
     chosen = options_for(fs, operations, options)
     target = None if path is None else os.path.join(os.getcwdb(), os.fsencode(path))
+    job = Job(operations, target, chosen, strategy, threads, debug, log)
     if not in_process:
-        found = start_child(Job(operations, target, chosen, strategy, threads, debug, log))
-        first_look(operations, found.path)
-        return found
-    held = hold(target, chosen, strategy)
-    here = _InProcess(operations, held, make_server(operations, held.fd, chosen, threads, debug, log))
-    here.start()
+        return start_child(job)
+    with Quiet() as quiet:
+        here = _hold_here(job)
+        here.start(quiet)
     return here
+
+
+def _hold_here(job: Job) -> _InProcess:
+    held = hold(job.target, job.options, job.strategy)
+    try:
+        server = make_server(job.operations, held.fd, job.options, job.threads, job.debug, job.log)
+    except BaseException:
+        held.unmount(lazy=True)
+        held.close()
+        raise
+    return _InProcess(job.operations, held, server)
 
 
 def mount(
@@ -222,20 +250,19 @@ def mount(
 
     operations = as_operations(fs)
     chosen = options_for(fs, operations, options)
-    held = hold(os.path.join(os.getcwdb(), os.fsencode(path)), chosen, strategy)
-    server = make_server(operations, held.fd, chosen, threads, debug, log)
-    here = _InProcess(operations, held, server)
+    target = os.path.join(os.getcwdb(), os.fsencode(path))
+    job = Job(operations, target, chosen, strategy, threads, debug, log)
     ended: SimpleQueue[int] = SimpleQueue()  # its `put` may interrupt its `get`, as a signal handler does
-    server.on_end = lambda: ended.put(0)
-    signals = _Signals(_give_up)
-    with signals:
-        try:
+    try:
+        with _Signals(_give_up) as signals, Quiet() as quiet:
+            here = _hold_here(job)
+            here.on_end = lambda: ended.put(0)
             with here:
-                here.start()  # it may hang as long as the filesystem likes, so until then a signal interrupts it
+                here.start(quiet)  # it may hang as long as the filesystem likes, so until then a signal interrupts it
                 signals.heard = ended.put
                 ended.get()
-        except _GivenUp:
-            return
+    except _GivenUp:
+        return
 
 
 class _GivenUp(BaseException):

@@ -19,11 +19,17 @@ from fusewire.mounts_held import (
     LIVE,
     PATIENCE,
     Mounted,
+    Quiet,
+    check_strategy,
+    close_all,
+    cover,
     described,
+    first_look,
     fork,
     make_server,
     private_directory,
     raise_described,
+    reason,
     receive,
     send,
     wait_for,
@@ -48,7 +54,12 @@ class InChild(Mounted):
         self.path = ""
         self._control = control
         self._private = private
-        self._tree = -1
+        self._tree = self._pidfd = -1
+        self._fds: list[int] = []
+        try:
+            self._pidfd = syscalls.pidfd_open(pid)
+        except OSError:
+            pass  # Linux before 5.3: the end of the socket says that it has ended, unless another child has a copy
         self._record: dict[str, Any] | None = None
         self._status: int | None = None
         self._gone = False
@@ -56,25 +67,50 @@ class InChild(Mounted):
         self._finished = False
         self._unmounted = False
         self._lock = threading.RLock()
+        LIVE.add(self)
 
-    def start(self) -> None:
+    def start(self, operations: Operations, quiet: Quiet) -> None:
         """Wait until it serves. Raises what it has failed with."""
         done = False
         try:
-            message, fds = receive(self._control, 1)
+            quiet.end()
+            message = self._receive()
+            if message["kind"] == "mounted":
+                self._record = message["record"]
+                message = self._receive()
+            if message["kind"] == "gone":
+                self._abandon()
+                done = True
+                raise OSError(
+                    errno.EIO, f"the process that serves the filesystem {self._fate()} before the mount was ready"
+                )
             if message["kind"] != "ready":
                 raise_described(message)
-            self._record = message["record"]
             self.path = message["path"]
-            if fds:
-                self._tree = fds[0]
+            if self._fds:
+                self._tree = self._fds[0]
+                self._fds = []
                 if syscalls.get_dumpable() == 1:  # else others may not look into our /proc/PID/fd: the child's will do
                     self.path = f"/proc/{os.readlink('/proc/self')}/fd/{self._tree}"
-            LIVE.add(self)
+            first_look(operations, self.path)
             done = True
         finally:
             if not done:
                 self._abandon()
+
+    def _receive(self) -> dict[str, Any]:
+        """Hear the child, or that it has ended; `_fds` is what came with it."""
+        import select
+
+        watch = select.poll()
+        for fd in (self._pidfd, self._control):  # in this order: what it has said before it ended is not lost
+            if fd >= 0:
+                watch.register(fd, select.POLLIN)
+        if all(fd != self._control for fd, _ in watch.poll()):
+            return {"kind": "gone"}
+        with Quiet():
+            message, self._fds = receive(self._control, 1)
+        return message
 
     def _abandon(self) -> None:
         """End a child that will not serve: it has said why and is ending, or hangs at its start."""
@@ -98,8 +134,9 @@ class InChild(Mounted):
                 return
             # Our own descriptor would keep it busy; the number stays taken, or `path` would soon lead to another file.
             if self._tree >= 0:
-                _cover(self._tree)
-            message, fds = self._ask(_LAZY if lazy else _PLAIN)
+                cover(self._tree)
+            self._tell(_LAZY if lazy else _PLAIN)
+            message = self._receive()
             if message["kind"] == "done":
                 self._unmounted = True
                 if not lazy:
@@ -111,14 +148,10 @@ class InChild(Mounted):
                 if self._status != 0:
                     self.check()
                 return
-            if fds:
-                os.dup2(fds[0], self._tree, inheritable=False)
-                os.close(fds[0])
+            if self._fds:
+                os.dup2(self._fds[0], self._tree, inheritable=False)
+                os.close(self._fds.pop())
             raise_described(message)
-
-    def _ask(self, command: bytes) -> tuple[dict[str, Any], list[int]]:
-        self._tell(command)
-        return receive(self._control, 1)
 
     @property
     def is_alive(self) -> bool:
@@ -136,19 +169,22 @@ class InChild(Mounted):
             if self.is_alive:
                 return
             self._reap()
-            if self._status is None or self._status < 0:
-                reason = "its end is not known"
-            elif os.WIFSIGNALED(self._status):
-                reason = f"was killed by signal {os.WTERMSIG(self._status)}"
-            elif self._words:
-                reason = f"has ended: {self._words}"
-            else:
-                reason = "has ended, as the mount was unmounted"
             raise OSError(
                 errno.ENOTCONN,
-                f"the filesystem is not served any more: process {self.pid} {reason}",
+                f"the filesystem is not served any more: process {self.pid} {self._fate()}",
                 self.path,
             )
+
+    def _fate(self) -> str:
+        if self._status is None or self._status < 0:
+            return "has ended, nobody knows how"
+        if os.WIFSIGNALED(self._status):
+            return f"was killed by signal {os.WTERMSIG(self._status)}"
+        if self._words:
+            return f"has ended: {self._words}"
+        if self._status:
+            return f"has ended with status {os.waitstatus_to_exitcode(self._status)}"
+        return "has ended, as the mount was unmounted"
 
     def forget(self) -> None:
         self._status, self._finished = 0, True
@@ -156,10 +192,9 @@ class InChild(Mounted):
 
     def _close(self) -> None:
         LIVE.discard(self)
-        for fd in (self._control, self._tree):
-            if fd >= 0:
-                os.close(fd)
-        self._control = self._tree = -1
+        close_all(self._control, self._tree, self._pidfd, *self._fds)
+        self._control = self._tree = self._pidfd = -1
+        self._fds = []
 
     def _hear(self, message: dict[str, Any]) -> None:
         self._gone = message["kind"] == "gone"
@@ -168,10 +203,7 @@ class InChild(Mounted):
     def _reap(self) -> None:
         """Wait for the end of the child, and hear its last words."""
         while self._status is None and not self._gone:
-            message, fds = receive(self._control, 1)
-            for fd in fds:
-                os.close(fd)
-            self._hear(message)
+            self._hear(self._receive())
         if self._status is None:
             self._status = wait_for(self.pid)
 
@@ -202,7 +234,7 @@ class InChild(Mounted):
                     died = error.errno != errno.EBUSY
             if not self._finished:
                 if self._tree >= 0:
-                    _cover(self._tree)
+                    cover(self._tree)
                 if self._status is None:
                     self._tell(_END)
             self._finish()
@@ -218,18 +250,14 @@ class InChild(Mounted):
     def __del__(self) -> None:
         """End a mount that nobody can name any more."""
         if not getattr(self, "_finished", True):
-            import warnings
-
-            warnings.warn(f"{self.path} was mounted and not unmounted: use `with`", ResourceWarning, stacklevel=2)
-            self._end()
-
-
-def _cover(fd: int) -> None:
-    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.dup2(null, fd, inheritable=False)
-    finally:
-        os.close(null)
+            try:
+                import warnings
+            except ImportError:  # Python is ending, and that ends the child
+                return
+            try:
+                warnings.warn(f"{self.path} was mounted and not unmounted: use `with`", ResourceWarning, stacklevel=2)
+            finally:  # that may be an error
+                self._end()
 
 
 # The child
@@ -248,6 +276,7 @@ class Job:
         debug: bool,
         log: Log | None,
     ) -> None:
+        check_strategy(target, strategy)
         self.operations = operations
         self.target = target
         self.options = options
@@ -258,36 +287,38 @@ class Job:
 
 
 def start_child(job: Job) -> InChild:
-    import signal
+    with Quiet() as quiet:
+        found = _fork(job)
+        found.start(job.operations, quiet)
+    return found
 
-    ours, theirs = process.socket_pair(packets=True)
+
+def _fork(job: Job) -> InChild:
     private = private_directory()
-    program, parent = os.getpid(), -1
-    try:
-        parent = syscalls.pidfd_open(os.getpid())
-    except OSError:
-        pass  # Linux before 5.3: the socket's end says that we have died, unless another child has a copy of it
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()  # or the child writes the same again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     found = None
+    parent = -1
+    fds: tuple[int, ...] = ()
     try:
+        ours, theirs = fds = process.socket_pair(packets=True)
+        program = os.getpid()
+        try:
+            parent = syscalls.pidfd_open(program)
+        except OSError:
+            pass  # Linux before 5.3: the socket's end says that we have died, unless another child has a copy of it
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # or the child writes the same again
         pid = fork(quiet=False)
         if pid == 0:
             os.close(ours)
             _run_child(job, theirs, program, parent, private)
         found = InChild(pid, ours, private)
+        return found
     finally:
+        close_all(parent, *fds[1:])
         if found is None:  # no child could be made
-            os.close(ours)
+            close_all(*fds[:1])
             os.rmdir(private)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(theirs)
-        if parent >= 0:
-            os.close(parent)
-    found.start()
-    return found
 
 
 def _run_child(job: Job, control: int, program: int, parent: int, private: str) -> NoReturn:
@@ -350,6 +381,11 @@ class _Child:
         self._mount: Mount | None = None
         self._server: Server | None = None
         self._left = False
+        LIVE.add(self)
+
+    def forget(self) -> None:
+        """Close our copies, in a process that the filesystem has forked: they would keep the mount busy, or alive."""
+        close_all(self._control, getattr(self._mount, "fd", -1), getattr(self._mount, "_tree", -1))
 
     def run(self) -> int:
         """Mount, serve until the mount is gone or the program does not want it any more; give the exit status."""
@@ -359,7 +395,7 @@ class _Child:
         finally:
             self._clear_up()
         if server.failure is not None:
-            send(self._control, {"kind": "ended", "text": str(server.failure)})
+            send(self._control, {"kind": "ended", "text": reason(server.failure)})
             return 1
         return 0
 
@@ -370,6 +406,7 @@ class _Child:
         self._die_with_program(signal.SIGTERM)
         self._mount = held = mounting.mount(job.target, job.options, job.strategy, private=os.fsencode(self._private))
         self._die_with_program(signal.SIGTERM)  # forgotten where a user namespace was entered
+        send(self._control, {"kind": "mounted", "record": held.record()})  # to clear up, if `init` ends this process
         job.operations.serve_namespace(*userns.maps_of(os.getpid()))
         server = make_server(job.operations, held.fd, job.options, job.threads, job.debug, job.log)
         self._server = server
@@ -378,11 +415,7 @@ class _Child:
         signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._ended, 1))
         self._die_with_program(0)  # it would come with the end of the thread that has forked us
         path = held.outside if held.outside is not None and job.target is None else held.target
-        send(
-            self._control,
-            {"kind": "ready", "path": os.fsdecode(path), "record": held.record()},
-            self._tree(),
-        )
+        send(self._control, {"kind": "ready", "path": os.fsdecode(path)}, self._tree())
         return server
 
     def _die_with_program(self, number: int) -> None:

@@ -21,7 +21,7 @@ from fusewire.serve import DEFAULT_THREADS, Server
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
+    from typing import Protocol, Self
 
     from fusewire.ops import Operations
     from fusewire.session import Log
@@ -37,7 +37,7 @@ class Held:
     `unmount` is what ends it; nobody may serve any more when it is closed.
     """
 
-    __slots__ = ("_mount", "_place", "_tree", "fd", "maps", "path")
+    __slots__ = ("__weakref__", "_mount", "_place", "_tree", "fd", "maps", "path")
 
     def __init__(self, fd: int, path: bytes) -> None:
         self.fd = fd
@@ -46,6 +46,7 @@ class Held:
         self._mount: Mount | None = None
         self._tree = -1
         self._place: mount_namespace.Place | None = None
+        LIVE.add(self)
 
     def unmount(self, lazy: bool = False) -> None:
         """Unmount; a mount without a mount point is always left lazily. Raises OSError(EBUSY) if it is in use."""
@@ -70,11 +71,14 @@ class Held:
         if self._mount is not None:
             self._mount.close()
 
+    def abandon(self) -> None:
+        """Have all calls there fail with ENOTCONN, when nobody will answer; `unmount` and `close` are still due."""
+        if self.fd >= 0:
+            cover(self.fd)
+
     def forget(self) -> None:
         """Close our copies, in a child that was forked with them: they would keep the mount alive."""
-        for fd in (self.fd, self._tree):
-            if fd >= 0:
-                os.close(fd)
+        close_all(self.fd, self._tree)
         self.fd = self._tree = -1
         self._mount = self._place = None
 
@@ -113,14 +117,18 @@ def hold(target: bytes | None, options: Options, strategy: str = "auto") -> Held
                 return _hold_in_namespace(target, options)
             except OSError as last:
                 attempts = [*error.attempts[:-1], *_attempts_of(last)]
-                raise mounting.MountError(last.errno or errno.EPERM, target, attempts) from last
+                raise mounting.MountError(last.errno or errno.EPERM, target, attempts) from None  # it says it all
         result = Held(held.fd, target)
         result._mount = held
         result.maps = userns.maps_of(os.getpid())
         return result
-    if strategy not in ("auto", "namespace"):
-        raise OSError(errno.EINVAL, f"the strategy {strategy} needs a mount point: name one, or leave the strategy out")
+    check_strategy(target, strategy)
     return _hold_in_namespace(None, options)
+
+
+def check_strategy(target: bytes | None, strategy: str) -> None:
+    if target is None and strategy not in ("auto", "namespace"):
+        raise OSError(errno.EINVAL, f"the strategy {strategy} needs a mount point: name one, or leave the strategy out")
 
 
 def _attempts_of(error: OSError) -> list[tuple[str, str, str]]:
@@ -135,10 +143,11 @@ def _hold_in_namespace(target: bytes | None, options: Options) -> Held:
     done = False
     try:
         pid = 0
-        private = private_directory()
         ours, theirs = process.socket_pair(packets=True)
+        private = ""
         try:
             try:
+                private = private_directory()
                 pid = fork(quiet=True)
                 if pid == 0:
                     _run_helper(theirs, ours, options, private)
@@ -149,10 +158,15 @@ def _hold_in_namespace(target: bytes | None, options: Options) -> Held:
                 raise_described(message)
             maps = userns.maps_of(pid)
         finally:
-            os.close(ours)  # it ends with that
             if pid:
+                try:
+                    os.write(ours, b"e")  # not only the end of the socket: another thread's child may hold a copy
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # it has ended
                 wait_for(pid)
-            os.rmdir(private)
+            os.close(ours)
+            if private:
+                os.rmdir(private)
         held = Held(fds[0], target or b"")
         held.maps = maps
         held.adopt(fds[1], place)
@@ -162,8 +176,7 @@ def _hold_in_namespace(target: bytes | None, options: Options) -> Held:
         if place is not None:
             place.close()
         if not done:
-            for fd in fds:
-                os.close(fd)
+            close_all(*fds)
 
 
 def _run_helper(control: int, other: int, options: Options, private: str) -> NoReturn:
@@ -180,6 +193,22 @@ def _run_helper(control: int, other: int, options: Options, private: str) -> NoR
             os.read(control, 1)
     finally:
         os._exit(0)
+
+
+def close_all(*fds: int) -> None:
+    """Close descriptors; -1 is none."""
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
+
+
+def cover(fd: int) -> None:
+    """Close what a descriptor stands for, and keep its number taken: it would soon stand for another file."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.dup2(null, fd, inheritable=False)
+    finally:
+        os.close(null)
 
 
 def wait_for(pid: int) -> int:
@@ -206,6 +235,29 @@ def fork(*, quiet: bool) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
+
+
+class Quiet:
+    """Has signals wait while this thread makes what an exception of a signal handler, as of Ctrl-C, would leave behind.
+
+    `end` lets them come, where somebody clears up.
+    """
+
+    def __enter__(self) -> Self:
+        import signal
+
+        self._before: set[Any] | None = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        return self
+
+    def end(self) -> None:
+        import signal
+
+        before, self._before = self._before, None
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
 
 
 # Messages between a program and its child: one packet each
@@ -257,6 +309,11 @@ def raise_described(message: dict[str, Any]) -> NoReturn:
     raise OSError(errno.EIO, "the process that serves the filesystem ended before the mount was ready")
 
 
+def reason(failure: BaseException) -> str:
+    """Say in a few words why serving has ended."""
+    return str(failure) if isinstance(failure, OSError) else f"a method raised {failure!r}"
+
+
 # Serving
 
 
@@ -264,7 +321,8 @@ def options_for(fs: object, operations: Operations, given: Options | None) -> Op
     if given is not None:
         return given
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | (syscalls.MS_RDONLY if operations.read_only else 0)
-    return Options(fsname=os.fsencode(type(fs).__name__), flags=flags)
+    checks = operations.default_permissions
+    return Options(fsname=os.fsencode(type(fs).__name__), flags=flags, default_permissions=checks)
 
 
 def make_server(
@@ -343,8 +401,14 @@ class Mounted:
             error.add_note(f"fusewire: {failure}")
 
 
+if TYPE_CHECKING:
+
+    class Copied(Protocol):
+        def forget(self) -> None: ...
+
+
 # What forked children of this process must let go of, for a copy of such a descriptor keeps a mount busy, or alive.
-LIVE: WeakSet[Mounted] = WeakSet()
+LIVE: WeakSet[Copied] = WeakSet()
 
 
 def _let_go() -> None:

@@ -269,6 +269,8 @@ class Operations:
     """Nothing ever changes while mounted: data and symlinks are kept by the kernel and never checked again."""
     read_only: bool = False
     """Requests that would change something are answered EROFS."""
+    default_permissions: bool = False
+    """The kernel checks modes and owners, mount(8), where whoever mounts has not said otherwise."""
     interruptible: bool = False
     """INTERRUPT is wanted: some handlers return `Pending` with an `interrupt`. Else the kernel is told not to ask."""
     announces_blocking: bool = False
@@ -427,7 +429,7 @@ class Operations:
         _unsupported("read")
 
     def write(
-        self, nodeid: int, fh: int, offset: int, data: Any, write_flags: int, lock_owner: int, flags: int
+        self, nodeid: int, fh: int, offset: int, data: memoryview, write_flags: int, lock_owner: int, flags: int
     ) -> Answer[int]:
         """Write `data`, a memoryview, at `offset` and give the count of bytes. It is the request's memory: copy what is
         kept. A virtual machine may change it meanwhile; only with `gathers` it comes in other forms.

@@ -39,13 +39,23 @@ def load(source: str) -> Operations:
     else:
         found = _attribute(module, name)
         if callable(found):
-            found = found()
+            found = _called(found, source)
     from fusewire.mounts import as_operations
 
     try:
         return as_operations(found)
     except TypeError as error:
         raise OSError(errno.EINVAL, f"{source}: {error}") from error
+
+
+def _called(maker: Any, source: str) -> Any:
+    try:
+        return maker()
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # its own code has failed
+        way = "name an object, or something that can be called without arguments"
+        raise OSError(errno.EINVAL, f"{source}: {error} - {way}") from error
 
 
 def _are_names(text: str) -> bool:

@@ -195,6 +195,9 @@ def _look_at(place: Place, name: str) -> None:
         info = os.stat(place.name, dir_fd=place.parent, follow_symlinks=False)
     except FileNotFoundError:
         pass
+    except PermissionError:
+        where = os.fsdecode(os.path.dirname(place.path))
+        raise RefusedError(errno.EACCES, f"you may not look into {where}", instead) from None
     else:
         if not stat.S_ISDIR(info.st_mode):
             raise RefusedError(errno.ENOTDIR, f"{name} exists and is not a directory", instead)

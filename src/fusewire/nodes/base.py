@@ -12,6 +12,8 @@ import stat
 import time
 from _thread import allocate_lock
 
+from fusewire.nodes.steps import is_awaitable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Hashable, Iterable, MutableMapping
@@ -39,19 +41,18 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.")
 class Inode:
     """What one filesystem keeps about a node: its number, and the names by which the kernel has seen it.
 
-    `names` and `missing` are a directory's; `nlookup` is the kernel's count of lookups; `holder` is the directory
-    object in which the node was last found. All under that filesystem's lock.
+    `names` and `missing` are a directory's; `nlookup` is the kernel's count of lookups; `parents` tells for each name
+    the directory object in which the node was last found by it. All under that filesystem's lock.
     """
 
-    __slots__ = ("holder", "key", "missing", "names", "nlookup", "node", "number", "parents")
+    __slots__ = ("key", "missing", "names", "nlookup", "node", "number", "parents")
 
     def __init__(self, node: Node, number: int) -> None:
         self.node = node
         self.number = number
         self.nlookup = 0
         self.key: Hashable = None
-        self.holder: Node | None = None
-        self.parents: dict[tuple[Inode, bytes], None] = {}
+        self.parents: dict[tuple[Inode, bytes], Node] = {}
         self.names: dict[bytes, Inode] = {}
         self.missing: dict[bytes, None] = {}
 
@@ -160,9 +161,10 @@ class Node:
 
     def getxattr(self, name: bytes) -> bytes | Awaitable[bytes]:
         """Give an attribute's value, by default of `xattrs`. May be async. Raises OSError(ENODATA) if there is none."""
-        if self.xattrs is not None and name in self.xattrs:
-            return self.xattrs[name]
-        if self.xattrs is None and not self.writable:
+        xattrs = self.xattrs
+        if xattrs is not None and (value := xattrs.get(name)) is not None:
+            return value
+        if xattrs is None and not self.writable:
             raise OSError(errno.EOPNOTSUPP, "extended attributes are not supported", name)
         _check_namespace(name)
         raise OSError(errno.ENODATA, "no such attribute", name)
@@ -274,8 +276,8 @@ class Symlink(Node):
         return self.target
 
     def size(self) -> int | Awaitable[int]:
-        target = self.readlink()
-        return len(target) if isinstance(target, bytes) else _length_of(target)
+        target: Any = self.readlink()
+        return _length_of(target) if is_awaitable(target) else len(target)
 
 
 async def _length_of(target: Awaitable[bytes]) -> int:

@@ -28,6 +28,19 @@ _NOREPLACE, _EXCHANGE, _WHITEOUT = 1, 2, 4
 _COMPUTING = frozenset({"children", "lookup", "names"})
 
 
+def check_node(name: bytes, node: object) -> None:
+    """Raise TypeError unless a name leads to a node."""
+    if isinstance(node, Node):
+        return
+    if isinstance(node, type) and issubclass(node, Node):
+        raise TypeError(
+            f"{os.fsdecode(name)!r}: {node.__name__} is a class: give an object of it, {node.__name__}(...)"
+        )
+    raise TypeError(
+        f"{os.fsdecode(name)!r}: a node is a fusewire.Dir, File, Bytes, Symlink or Special, not {type(node).__name__}"
+    )
+
+
 def encoded(name: bytes | str) -> bytes:
     """Give a name as bytes. Raises ValueError for what no directory can have: path_resolution(7), NAME_MAX."""
     name = os.fsencode(name)
@@ -154,9 +167,11 @@ class Dir(Node):
     def __setitem__(self, name: bytes | str, node: Node) -> None:
         """Let a name lead to `node`, also in mounts that there are. The same file may have several names.
 
-        Raises ValueError for what cannot be a name, for a second name of a directory, and for a directory in itself.
+        Raises ValueError for what cannot be a name, for a second name of a directory, and for a directory in itself;
+        TypeError for what is no node.
         """
         name = encoded(name)
+        check_node(name, node)
         with TREES:
             if isinstance(node, Dir) and self._table.get(name) is not node:
                 if self._is_below(node):
@@ -249,8 +264,8 @@ class Dir(Node):
             node = self._named(name)
             if not isinstance(node, Dir):
                 raise OSError(errno.ENOTDIR, "not a directory", name)
-            if node._table:
-                raise OSError(errno.ENOTEMPTY, "the directory is not empty", name)
+            if node._table or node._computed:
+                raise OSError(errno.ENOTEMPTY, "the directory is not empty, or its names are computed", name)
             del self._table[self._detach(name)]
             self._changed_table()
         return None
@@ -370,7 +385,7 @@ def _check_replaced(node: Node, target: Node, name: bytes, flags: int) -> None:
     if isinstance(target, Dir):
         if node.kind != stat.S_IFDIR:
             raise OSError(errno.EISDIR, "a directory", name)
-        if target._table:
-            raise OSError(errno.ENOTEMPTY, "the directory is not empty", name)
+        if target._table or target._computed:
+            raise OSError(errno.ENOTEMPTY, "the directory is not empty, or its names are computed", name)
     elif node.kind == stat.S_IFDIR:
         raise OSError(errno.ENOTDIR, "not a directory", name)

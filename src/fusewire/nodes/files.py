@@ -53,7 +53,7 @@ class File(Node):
 
     def read(
         self, offset: int, size: int
-    ) -> Buffer | Sequence[Buffer] | FileRange | Awaitable[Buffer | Sequence[Buffer]]:
+    ) -> Buffer | Sequence[Buffer] | FileRange | Awaitable[Buffer | Sequence[Buffer] | FileRange]:
         """Give up to `size` bytes at `offset`; less means the end of the file, read(2)."""
         return b""
 
@@ -109,8 +109,8 @@ class Bytes(File):
         """Begin with `data` (str: in UTF-8)."""
         super().__init__()
         self._lock = allocate_lock()  # over the sparse data
-        self._data = data.encode() if isinstance(data, str) else bytes(data)
-        self._sparse: SparseData | None = None
+        # One attribute for both forms: who reads without the lock sees one of them, and never the gap between two.
+        self._content: bytes | SparseData = data.encode() if isinstance(data, str) else bytes(data)
         if writable:
             self.writable = True
             self._born()
@@ -120,17 +120,16 @@ class Bytes(File):
     @property
     def data(self) -> bytes:
         """The content. Assignment puts other content there, moves the times, and tells the kernel."""
-        sparse = self._sparse
-        if sparse is None:
-            return self._data
+        content = self._content
+        if isinstance(content, bytes):
+            return content
         with self._lock:
-            return b"".join(sparse.read(0, sparse.size))
+            return b"".join(content.read(0, content.size))
 
     @data.setter
     def data(self, data: bytes | str) -> None:
         with self._lock:
-            self._data = data.encode() if isinstance(data, str) else bytes(data)
-            self._sparse = None
+            self._content = data.encode() if isinstance(data, str) else bytes(data)
             self._modified()
         self.changed()
 
@@ -138,27 +137,28 @@ class Bytes(File):
         return f"<Bytes of {self.size()} bytes>"
 
     def size(self) -> int:
-        sparse = self._sparse
-        return len(self._data) if sparse is None else sparse.size
+        content = self._content
+        return len(content) if isinstance(content, bytes) else content.size
 
     def read(self, offset: int, size: int) -> Buffer | Sequence[Buffer]:
-        sparse = self._sparse
-        if sparse is None:
-            return self._data[offset : offset + size]
+        content = self._content
+        if isinstance(content, bytes):
+            return content[offset : offset + size]
         with self._lock:
-            return sparse.read(offset, size)
+            return content.read(offset, size)
 
     def _changeable(self) -> SparseData:
         """Give the data in the form that can be written to. Under the lock."""
         self._check_writable()
-        if self._sparse is None:
+        content = self._content
+        if isinstance(content, bytes):
             from fusewire.sparse import SparseData
 
             sparse = SparseData()
-            if self._data:
-                sparse.write(0, memoryview(self._data))
-            self._sparse, self._data = sparse, b""
-        return self._sparse
+            if content:
+                sparse.write(0, memoryview(content))
+            self._content = content = sparse
+        return content
 
     def _check_end(self, end: int) -> None:
         if end > _MAX_SIZE:
@@ -203,22 +203,22 @@ class Bytes(File):
             self._modified()
 
     def seek(self, offset: int, whence: int) -> int:
-        sparse = self._sparse
-        if sparse is None:
-            return _seek(len(self._data), offset, whence)
+        content = self._content
+        if isinstance(content, bytes):
+            return _seek(len(content), offset, whence)
         with self._lock:
-            found = sparse.next_data(offset) if whence == os.SEEK_DATA else sparse.next_hole(offset)
-            if offset >= sparse.size or (whence == os.SEEK_DATA and found >= sparse.size):
+            found = content.next_data(offset) if whence == os.SEEK_DATA else content.next_hole(offset)
+            if offset >= content.size or (whence == os.SEEK_DATA and found >= content.size):
                 raise OSError(errno.ENXIO, "after the last data", offset)
             return found
 
     def _blocks(self, size: int) -> int:
-        sparse = self._sparse
-        return ((size if sparse is None else sparse.allocated) + 511) // 512
+        content = self._content
+        return ((size if isinstance(content, bytes) else content.allocated) + 511) // 512
 
     def _succeeds(self, before: Node) -> None:
         if self.mtime_ns is None and isinstance(before, Bytes):
-            if before._sparse is None and before._data == self._data:
+            if before._content == self._content:
                 self.mtime_ns, self.ctime_ns = before.mtime_ns, before.ctime_ns
             else:
                 self._modified()  # the kernel sees by the time that its pages are old (FUSE_AUTO_INVAL_DATA)

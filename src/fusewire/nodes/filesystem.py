@@ -29,6 +29,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 class NodeFilesystem(Listings):
     """Serves the tree below `root`; the same tree may be served several times."""
 
+    default_permissions = True  # the modes of nodes count
     interruptible = True  # what is async is cancelled when its caller gives up
     want = abi.FUSE_HANDLE_KILLPRIV_V2 | abi.FUSE_READDIRPLUS_AUTO
 
@@ -54,10 +55,9 @@ class NodeFilesystem(Listings):
 
     def _wait(self, given: Any) -> None:
         if is_awaitable(given):
-            from fusewire.aio import Runner
+            from fusewire.aio import wait
 
-            self._runner = Runner()  # it lasts as long as what it runs
-            self._runner.wait(given)
+            wait(given)
 
     # Names
 
@@ -190,6 +190,12 @@ class NodeFilesystem(Listings):
         self.moved(old, name, new, newname, bool(flags & _EXCHANGE))
         self.touched(old, name)
         self.touched(new, newname)
+        # In a directory that is computed another object has the name now; the kernel goes on with the same inode.
+        for inode, place, at in ((new, newdir, newname), (old, directory, name))[: 2 if flags & _EXCHANGE else 1]:
+            if place._computed:
+                found = yield from self.find(place, at)
+                if found is not None:
+                    self.renew(inode, at, found)
 
     # The whole
 

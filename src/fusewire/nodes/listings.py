@@ -10,7 +10,7 @@ from time import monotonic
 
 from fusewire.inodes import HandleTable
 from fusewire.nodes.attributes import Attributes
-from fusewire.nodes.directories import Dir, encoded
+from fusewire.nodes.directories import Dir, check_node, encoded
 from fusewire.nodes.steps import run
 from fusewire.ops import FOREVER
 from fusewire.wire import abi
@@ -18,12 +18,13 @@ from fusewire.wire.codec import DirBuffer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import Any
+    from typing import Any, TypeVar
 
     from fusewire.nodes.base import Inode, Node
     from fusewire.nodes.steps import Steps
     from fusewire.ops import Caller
+
+    T = TypeVar("T")
 
 _FIRST = 3
 
@@ -50,6 +51,8 @@ class Listings(Attributes):
             return directory._table.get(name)
         if directory._looks_up:
             node: Node | None = yield directory.lookup(name)
+            if node is not None:
+                check_node(name, node)
             return node
         return (yield from self._children(directory)).get(name)
 
@@ -60,26 +63,30 @@ class Listings(Attributes):
             return listed[1]
         version = directory._version
         given = yield directory.children()
+        if not hasattr(given, "items"):
+            raise TypeError(
+                f"{type(directory).__name__}.children gives a mapping of names to nodes, not {type(given).__name__}"
+            )
         names: dict[bytes, Node] = {}
-        for name in self._names(directory, given):
-            node = given[name] if name in given else given[name.decode(errors="surrogateescape")]
-            names[name] = node
+        for name, node in list(given.items()):  # a copy, made in one step: the program may go on changing its dict
+            self._take(directory, name, node, names)
         _count_twins(names)
         if directory._version == version and directory.timeout > 0:
             until = monotonic() + directory.timeout if directory.timeout < FOREVER else float("inf")
             directory._listed = (until, names)
         return names
 
-    def _names(self, directory: Dir, names: Iterable[bytes] | Iterable[str]) -> list[bytes]:
-        """Give names as bytes, without those that cannot be: one of them must not cost all others."""
-        found = []
-        for name in names:
-            try:
-                found.append(encoded(name))
-            except ValueError as error:
-                if self._connection is not None:
-                    self._connection.log_once(f"{type(directory).__name__} left out a name: {error}")
-        return found
+    def _take(self, directory: Dir, name: bytes | str, node: T, names: dict[bytes, T]) -> None:
+        """Put a name that a class has given into `names`, unless it cannot be: one such must not cost all others."""
+        try:
+            whole = encoded(name)
+            if node is not None:
+                check_node(whole, node)
+        except (TypeError, ValueError) as error:
+            if self._connection is not None:
+                self._connection.log_once(f"{type(directory).__name__} left out a name: {error}")
+        else:
+            names[whole] = node
 
     # Directories
 
@@ -104,7 +111,10 @@ class Listings(Attributes):
             items = [*directory._table.items()]
         elif directory._looks_up or directory._lists:
             given = yield directory.names()
-            items = [(name, None) for name in dict.fromkeys(self._names(directory, given))]
+            names: dict[bytes, Node | None] = {}
+            for name in list(given):
+                self._take(directory, name, None, names)
+            items = [*names.items()]
         else:
             items = [*(yield from self._children(directory)).items()]
         if directory._computed:

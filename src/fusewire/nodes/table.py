@@ -52,15 +52,18 @@ class Table(Operations):
         self._by_key: dict[Hashable, Inode] = {}
         self._notices: dict[Notice, None] = {}
         self._telling = False
-        key = root.key
-        with self._lock:
-            self._settle(self._root, key)
 
     def begin(self, connection: Connection) -> None:
         """Take the process that serves for the owner, and the moment for the time, of what says nothing of them."""
         self.uid, self.gid = os.geteuid(), os.getegid()
         self.moment = divmod(time.time_ns(), 1_000_000_000)  # for times that are None
         self._connection = connection
+        self.ended = False
+        key = self.root.key
+        with self._lock:
+            self._settle(self._root, key)
+            if key is not None:
+                self._by_key[key] = self._root
 
     def end(self) -> None:
         """Let go of all nodes."""
@@ -118,15 +121,13 @@ class Table(Operations):
             self._tell([(inode.number, below) for below in stale])
         return inode
 
-    @staticmethod
-    def _name(parent: Inode, name: bytes, inode: Inode) -> None:
-        known = parent.names.get(name)
-        if known is not inode:
-            if known is not None:
-                known.parents.pop((parent, name), None)
+    def _name(self, parent: Inode, name: bytes, inode: Inode) -> None:
+        if parent.names.get(name) is not inode:
+            self._lose(parent, name)
             parent.names[name] = inode
-            inode.parents[parent, name] = None
-        inode.holder = parent.node
+        inode.parents[parent, name] = parent.node
+        if inode.key is not None:
+            self._by_key[inode.key] = inode
 
     def _settle(self, inode: Inode, key: Hashable) -> None:
         homes = inode.node._homes
@@ -134,8 +135,6 @@ class Table(Operations):
             del homes[home]
         homes[self] = inode
         inode.key = key
-        if key is not None:
-            self._by_key[key] = inode
 
     def _known_as(self, parent: Inode | None, name: bytes, node: Node, key: Hashable) -> Inode | None:
         """Find what the kernel knows by the key of a new object, or by its name where objects come and go.
@@ -148,7 +147,7 @@ class Table(Operations):
         elif parent is not None:
             inode = parent.names.get(name)
             if inode is not None:
-                same = inode.holder is parent.node
+                same = inode.parents.get((parent, name)) is parent.node
                 placed = inode.node._placed or node._placed
                 if inode.key is not None or (same and (placed or not _is_computed(parent))):
                     inode = None
@@ -168,7 +167,13 @@ class Table(Operations):
         inode = parent.names.pop(name, None)
         if inode is not None:
             inode.parents.pop((parent, name), None)
+            if not inode.nlookup and not inode.parents:
+                self._lose_key(inode)
         return inode
+
+    def _lose_key(self, inode: Inode) -> None:
+        if inode.key is not None and inode is not self._root and self._by_key.get(inode.key) is inode:
+            del self._by_key[inode.key]
 
     def gone(self, parent: Inode, name: bytes) -> None:
         """Hear that a name was removed."""
@@ -181,11 +186,24 @@ class Table(Operations):
             node = self._lose(old, name)
             target = self._lose(new, newname)
             if node is not None:
-                new.names[newname] = node
-                node.parents[new, newname] = None
+                self._name(new, newname, node)
             if exchange and target is not None:
-                old.names[name] = target
-                target.parents[old, name] = None
+                self._name(old, name, target)
+
+    def renew(self, parent: Inode, name: bytes, node: Node) -> None:
+        """Hear that a node, if it is a new one, is what the kernel knows by a name that was moved."""
+        key = node.key
+        with self._lock:
+            inode = parent.names.get(name)
+            if inode is None or self in node._homes or inode.node.kind != node.kind:
+                return
+            self._lose_key(inode)
+            inode.node._homes.pop(self, None)
+            node._succeeds(inode.node)
+            inode.node = node
+            self._settle(inode, key)
+            if key is not None:
+                self._by_key[key] = inode
 
     def only(self, parent: Inode, names: set[bytes]) -> None:
         """Hear what a computed directory lists: other names are let go, but for those that the kernel knows."""
@@ -208,8 +226,7 @@ class Table(Operations):
             inode.parents.clear()
             inode.names.clear()
             inode.missing.clear()
-            if inode.key is not None and self._by_key.get(inode.key) is inode:
-                del self._by_key[inode.key]
+            self._lose_key(inode)
 
     def own(self, caller: Caller, directory: Dir, node: Node) -> None:
         """Give what a caller has created to the caller; the group may be the directory's: mkdir(2), inode(7)."""
