@@ -1,10 +1,11 @@
 """README and docs say what is so: commands run, options exist and are documented, programs work, links lead somewhere.
 
 A block after the comment `<!-- runs -->` is run by bash, in a directory that holds env.sqsh. `<!-- runs: ... -->` says
-what else it takes, clauses with `; ` between them: `mounted at NAME` (env.sqsh is), `with FILES` (are made before),
-`until NAME` (it appears, then Ctrl-C), `leaves NAMES` (are there afterwards). A Python block after
-`<!-- file: NAME -->` is a file, which a test mounts or runs. All others are only parsed, and `<!-- not run: REASON -->`
-says why.
+what else it takes, clauses with `; ` between them: `with FILES` (are made before), `served at URL` (so is what is in
+the directory), `mounted at NAME` (env.sqsh is), `until NAME` (it appears, then Ctrl-C), `unmounts NAME` (afterwards),
+`leaves NAMES` (are there in the end). A Python block after `<!-- file: NAME -->` is a file, which a test mounts or
+runs. `<!-- run by: TEST -->` names the test that does what the block says. All others are only parsed, and
+`<!-- not run: REASON -->` says why.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
+import textwrap
 import tomllib
 import xml.etree.ElementTree
 import zipfile
@@ -33,6 +36,7 @@ import fusewire
 import rootless
 from fusewire import cli
 from fusewire.cli import options, share_options, share_table
+from remote_server import RangeServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,37 +55,47 @@ FOREIGN = {
 }
 
 
+# Where a comment would be in the way: the two pages that are read unrendered most.
+MARKS = {
+    ("README.md", "fusewire run env.sqsh:/opt/env -- /opt/env/bin/python train.py"): (
+        "runs: with env.sqsh train.py data/ Makefile base.tar.gz; served at https://host; until data.sock; unmounts env"
+    ),
+    ("README.md", "./dev demo"): "run by: tests/test_demo.py",
+    ("README.md", "./dev test"): "not run: this is it",
+    ("README.md", "python3 -m pip install ."): "run by: tests/test_docs.py",
+    ("CONTRIBUTING.md", "./dev test"): "not run: the tool runs the tests, not the other way around",
+}
+
+
 class Block:
-    """A fenced block: its language, the comment right before it, its text."""
+    """A fenced block: its language, the comment right before it or in its place, its text."""
 
     def __init__(self, page: Path, number: int, language: str, mark: str, text: str) -> None:
-        self.page, self.number, self.language, self.mark, self.text = page, number, language, mark, text
+        self.page, self.number, self.language, self.text = page, number, language, text
         self.name = f"{page.name}:{number}"
+        self.key = page.name, text.splitlines()[0].split("  ")[0]
+        self.mark = mark or MARKS.get(self.key, "")
 
 
 def blocks(language: str, mark: str = "") -> list[Block]:
+    fences = r"^( *)```(\w*)\n(.*?)^\1```$"
     found = []
     for page in PAGES:
-        lines = page.read_text().splitlines()
-        start = None
-        for number, line in enumerate(lines):
-            if not line.startswith("```"):
-                continue
-            if start is None:
-                start = number
-                continue
-            before = lines[start - 1] if start else ""
+        text = page.read_text()
+        matches = list(re.finditer(fences, text, re.DOTALL | re.MULTILINE))
+        assert text.count("```") == 2 * len(matches), f"{page}: a block without an end"
+        for match in matches:
+            before = text[: match.start()].splitlines()[-1].strip()
             comment = before[4:-3].strip() if before.startswith("<!--") else ""
-            if lines[start][3:] == language and comment.startswith(mark):
-                found.append(Block(page, start + 1, language, comment, "\n".join(lines[start + 1 : number]) + "\n"))
-            start = None
-        assert start is None, f"{page}: a block without an end"
+            block = Block(page, text.count("\n", 0, match.start()) + 1, match[2], comment, textwrap.dedent(match[3]))
+            if block.language == language and block.mark.startswith(mark):
+                found.append(block)
     return found
 
 
 def prose(page: Path) -> str:
     """A page without its blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -227,18 +241,36 @@ def test_the_two_commands_are_on_the_first_screen():
     assert "./dev test" in lines[:40]
 
 
-def place(words: list[str], tmp_path: Path) -> Path:
-    """A directory to work in for the user whom `words` make, with an image and a `fusewire` command in it."""
+def place(words: list[str], tmp_path: Path, *files: str) -> Path:
+    """A directory to work in for the user whom `words` make, with an image, `files` and the commands of the pages."""
     home = Path(rootless.rootless_home()) if "setpriv" in words else tmp_path
     work = home / f"docs-{os.urandom(4).hex()}"
     (work / "bin").mkdir(parents=True)
     shutil.copy(IMAGE, work / "env.sqsh")
-    shim = work / "bin" / "fusewire"
-    shim.write_text(f'#!/bin/sh\nexec {words[-3]} -m fusewire "$@"\n')
-    shim.chmod(0o755)
+    for name, start in (("fusewire", "-m fusewire "), ("python", "")):
+        shim = work / "bin" / name
+        shim.write_text(f'#!/bin/sh\nexec {words[-3]} {start}"$@"\n')
+        shim.chmod(0o755)
+    for name in files:
+        make_file(work / name, words[-3])
     if os.geteuid() == 0 and "setpriv" in words:
-        os.chown(work, rootless.NOBODY, rootless.NOBODY)
+        for path in (work, *work.rglob("*")):
+            os.lchown(path, rootless.NOBODY, rootless.NOBODY)
     return work
+
+
+def shell(words: list[str], work: Path, text: str) -> subprocess.Popen[str]:
+    """Start bash with a text as the user whom `words` make, in a group of its own."""
+    text = f"export PATH={work}/bin:$PATH XDG_RUNTIME_DIR={work}\ncd {work}\n{text}"
+    return subprocess.Popen(
+        [*words[:-3], "bash", "-euo", "pipefail", "-c", text],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        process_group=0,
+    )
 
 
 @pytest.mark.parametrize("who", ["rootless", "root"])
@@ -248,58 +280,86 @@ def test_shell_blocks_run(block, who, tmp_path):
         pytest.skip("only root can try it as root")
     rootless.open_fuse_device()
     words = rootless.rootless_python() if who == "rootless" else ["env", sys.executable, "-W", "error"]
-    work = place(words, tmp_path)
-    clauses = dict(re.findall(r"(mounted at|with|until|leaves) ([^;]+)", block.mark))
-    mounted = clauses.get("mounted at", "")
-    for name in clauses.get("with", "").split():
-        make_file(work / name)
+    clauses = dict(re.findall(r"(mounted at|with|served at|until|unmounts|leaves) ([^;]+)", block.mark))
+    for tool in ("mksquashfs", "make"):
+        if shutil.which(tool) is None and (tool in block.text or "env.sqsh" in clauses.get("with", "")):
+            pytest.skip(f"{tool} is missing")
+    work = place(words, tmp_path, *clauses.get("with", "").split())
     before = {path.name for path in work.iterdir()}
-    script = f"export PATH={work}/bin:$PATH XDG_RUNTIME_DIR={work}\ncd {work}\n"
+    text, mounted = block.text, clauses.get("mounted at", "")
     if mounted:
-        script += f"fusewire mount env.sqsh {mounted}\nexec 5<{mounted}/README\n"
-    script += block.text
-    if mounted:
-        script += f"exec 5<&-\nfusewire umount {mounted}\n"
-    program = subprocess.Popen(
-        [*words[:-3], "bash", "-euo", "pipefail", "-c", script],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/",
-        process_group=0,
-    )
+        text = f"fusewire mount env.sqsh {mounted}\nexec 5<{mounted}/README\n{text}"
+        text += f"exec 5<&-\nfusewire umount {mounted}\n"
+
     try:
-        if "until" in clauses:
-            while not (work / clauses["until"]).exists() and program.poll() is None:
-                os.sched_yield()
-            os.killpg(program.pid, signal.SIGINT)
-        out, err = program.communicate(timeout=90)
-        assert program.returncode == 0, out + err
-        assert out.strip() or "until" in clauses
+        with RangeServer(
+            {f"/{name}": (work / name).read_bytes() for name in before if (work / name).is_file()}
+        ) as server:
+            if "served at" in clauses:
+                text = text.replace(clauses["served at"], server.url)
+            out, err = finished(shell(words, work, text), work / clauses["until"] if "until" in clauses else None)
+        assert out.strip() or "until" in clauses, err
+        if "unmounts" in clauses:
+            assert finished(shell(words, work, f"fusewire umount {clauses['unmounts']}")) == ("", "")
         after = {path.name for path in work.iterdir()} - before
         assert after - {"fusewire"} == set(clauses.get("leaves", "").split())
         assert str(work) not in Path("/proc/self/mountinfo").read_text()
     finally:
+        tidy(words, work)
+
+
+def finished(program: subprocess.Popen[str], until: Path | None = None) -> tuple[str, str]:
+    """What it has printed, once it has ended in order: by itself, or by Ctrl-C as soon as `until` is there."""
+    try:
+        if until is not None:
+            while not until.exists() and program.poll() is None:
+                os.sched_yield()
+            if program.poll() is None:
+                os.killpg(program.pid, signal.SIGINT)
+        out, err = program.communicate(timeout=90)
+        assert program.returncode == 0, out + err
+        return out, err
+    finally:
         if program.poll() is None:
             os.killpg(program.pid, signal.SIGKILL)
             program.communicate()
+
+
+def tidy(words: list[str], work: Path) -> None:
+    """End what is mounted there still, after a failure, and remove the directory."""
+    try:
+        for path in work.iterdir():  # not `--all`, which is all of this user's
+            if path.is_symlink() or path.is_mount():
+                shell(words, work, f"fusewire umount --lazy {path.name}").communicate(timeout=30)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def make_file(path: Path) -> None:
-    """Make an archive of the two files `one` and `two`."""
+def make_file(path: Path, python: str) -> None:
+    """Make what blocks speak of, by its name: an archive of the files `one` and `two`, an image with a Python, ..."""
     contents = {"one": b"1\n", "two": b"2\n"}
-    if path.suffix == ".zip":
+    if path.name == "env.sqsh":
+        with tempfile.TemporaryDirectory() as tree:
+            (Path(tree) / "bin").mkdir()
+            (Path(tree) / "bin" / "python").symlink_to(python)
+            subprocess.run(["mksquashfs", tree, path, "-quiet", "-no-progress", "-noappend"], check=True)
+    elif path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             for name, data in contents.items():
                 archive.writestr(name, data)
-        return
-    with tarfile.open(path, f"w:{path.suffix[1:]}") as archive:
-        for name, data in contents.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    elif ".tar" in path.suffixes:
+        with tarfile.open(path, f"w:{path.suffix[1:]}") as archive:
+            for name, data in contents.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    elif path.suffix == ".py":
+        path.write_text("print('it runs')\n")
+    elif path.name == "Makefile":
+        path.write_text("all:\n\tls -l /srv/data\ninstall:\n\ttouch /opt/base/three\n")
+    else:
+        path.mkdir()
+        (path / "one").write_bytes(contents["one"])
 
 
 @pytest.mark.parametrize(
@@ -308,23 +368,29 @@ def make_file(path: Path) -> None:
 def test_block_is_run_or_says_why_not(block):
     if block.page == COMMANDS and f"## {' '.join(block.text.split()[:2])}" in block.page.read_text():
         return  # the synopsis of a command
-    reason = NOT_RUN.get((block.page.name, block.text.splitlines()[0].split("  ")[0]))
-    assert reason or re.match("runs$|runs: .|file: .|not run: .", block.mark), f"{block.name} is not run, for no reason"
+    assert re.match(r"runs$|(runs|file|run by|not run): .", block.mark), f"{block.name} is not run, for no reason"
+    if block.mark.startswith("run by: "):
+        assert (ROOT / block.mark.removeprefix("run by: ")).is_file()
+    if block.language == "python":
+        compile(block.text, block.name, "exec")
 
 
-# Where a comment would be in the way: the two pages that are read unrendered most.
-NOT_RUN = {
-    ("README.md", "fusewire run env.sqsh:/opt/env -- /opt/env/bin/python train.py"): "run piece by piece further down",
-    ("README.md", "./dev demo"): "tests/test_demo.py runs it",
-    ("README.md", "./dev test"): "this is it",
-    ("README.md", "python3 -m pip install ."): "it changes the Python that runs it",
-    ("CONTRIBUTING.md", "./dev test"): "the tool runs the tests, not the other way around",
-}
+def test_every_mark_is_for_a_block_that_there_is():
+    assert set(MARKS) <= {block.key for block in blocks("sh")}
 
 
-def test_every_reason_not_to_run_a_block_is_for_one_that_there_is():
-    there = {(block.page.name, block.text.splitlines()[0].split("  ")[0]) for block in blocks("sh")}
-    assert set(NOT_RUN) <= there
+@pytest.mark.timeout(600)
+def test_the_package_is_installed_as_the_readme_says(tmp_path):
+    if not os.environ.get("FUSEWIRE_INSTALL"):
+        pytest.skip("it takes a minute and a network: FUSEWIRE_INSTALL=1 runs it")
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    (block,) = [block for block in blocks("sh") if block.mark == "run by: tests/test_docs.py"]
+    script = f"export PATH={tmp_path}/venv/bin:$PATH\n{block.text}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fusewire run:   works" in done.stdout
 
 
 def test_blocks_of_data_are_well_formed():
@@ -334,6 +400,18 @@ def test_blocks_of_data_are_well_formed():
         tomllib.loads(block.text)
     for block in blocks("ini"):
         configparser.RawConfigParser(strict=False).read_string(block.text)
+
+
+def test_arguments_of_the_guide_are_those_that_are_printed(tmp_path, monkeypatch):
+    (asked,) = (block for block in blocks("sh", "runs") if "--tag data --print-qemu" in block.text)
+    (shown,) = (block for block in blocks("text") if "-chardev" in block.text)
+    monkeypatch.chdir(tmp_path)
+    command = asked.text.splitlines()[1]
+    words = [sys.executable, "-m", *command.split()]
+    (tmp_path / "data").mkdir()
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in out.splitlines() if not line.startswith("#")]
+    assert "\n".join(lines).replace(f"{tmp_path}/", "/home/me/") == textwrap.indent(shown.text, "  ").rstrip()
 
 
 def test_pod_of_the_guide_runs_a_command_that_exists():
@@ -351,19 +429,18 @@ def test_pod_of_the_guide_runs_a_command_that_exists():
 
 # --- programs
 
-# The files in pages, and the test that mounts or runs them.
+# The test that mounts or runs a page's files, and the files.
 PROGRAMS = {
-    "README.md": {"test_docs.py": ["hello.py"]},
-    "writing-a-filesystem.md": {"test_docs.py": ["test_share.py", "test_tree.py", "tree.py"]},
-    "nodes.md": {
-        "test_nodes_mount.py": [
-            *("node_clock.py", "node_hello.py", "node_notes.py", "node_slow.py", "node_users.py", "test_node_notes.py"),
-        ]
-    },
-    "python-api.md": {"test_public_api.py": ["api_async.py", "api_mounted.py", "test_api.py"]},
-    "fusepy.md": {"test_compat_fusepy.py": ["greeting.py"]},
-    "remote.md": {"test_docs.py": ["remote_options.py"]},
-    "clusters.md": {"test_clusters.py": ["cluster.py"]},
+    "README.md": ("test_docs.py", {"hello.py"}),
+    "writing-a-filesystem.md": ("test_docs.py", {"test_share.py", "test_tree.py", "tree.py"}),
+    "nodes.md": (
+        "test_nodes_mount.py",
+        {"node_clock.py", "node_hello.py", "node_notes.py", "node_slow.py", "node_users.py", "test_node_notes.py"},
+    ),
+    "python-api.md": ("test_public_api.py", {"api_async.py", "api_mounted.py", "test_api.py"}),
+    "fusepy.md": ("test_compat_fusepy.py", {"greeting.py"}),
+    "remote.md": ("test_docs.py", {"remote_options.py"}),
+    "clusters.md": ("test_clusters.py", {"cluster.py"}),
 }
 
 
@@ -372,16 +449,13 @@ def files() -> dict[str, str]:
 
 
 def test_all_python_blocks_are_files_that_are_tested():
-    found: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
     for block in blocks("python", "file: "):
-        found.setdefault(block.page.name, []).append(block.mark.removeprefix("file: "))
-    assert {page: sorted(names) for page, names in found.items()} == {
-        page: sorted(name for names in tests.values() for name in names) for page, tests in PROGRAMS.items()
-    }
-    for tests in PROGRAMS.values():
-        for test, names in tests.items():
-            text = (ROOT / "tests" / test).read_text()
-            assert [name for name in names if name not in text] == []
+        found.setdefault(block.page.name, set()).add(block.mark.removeprefix("file: "))
+    assert found == {page: names for page, (_, names) in PROGRAMS.items()}
+    for test, names in PROGRAMS.values():
+        text = (ROOT / "tests" / test).read_text()
+        assert [name for name in names if name not in text] == []
 
 
 def test_program_about_options_of_remote_sources_runs():
@@ -440,6 +514,20 @@ def test_an_example_can_be_mounted_used_and_ended_by_ctrl_c(name, file, but, lis
         program.communicate()
         subprocess.run(["umount", "-l", work / "m"], capture_output=True)
         shutil.rmtree(work, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("name", "file"), [("hello:Hello", "hello.txt"), ("tree:Tree", "docs/one")])
+def test_an_example_can_be_mounted_by_the_command_line(name, file, tmp_path):
+    words = rootless.rootless_python()
+    work = place(words, tmp_path)
+    module = f"{name.partition(':')[0]}.py"
+    (work / module).write_text(files()[module])
+    try:
+        said = finished(shell(words, work, f"fusewire mount {name} m\ncat m/{file}\nfusewire umount m"))
+        assert said == ({"hello.txt": "hello world\n", "docs/one": "1\n"}[file], "")
+        assert not os.path.lexists(work / "m")
+    finally:
+        tidy(words, work)
 
 
 def wait_for_mount(target: Path, before: os.stat_result, program: subprocess.Popen[str]) -> None:

@@ -11,6 +11,7 @@ Layer `testing`, at its top.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 
@@ -32,12 +33,20 @@ def answer(under_test: str, oracle: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the list and print one line per behaviour; gives the exit status."""
-    if arguments[0] == "--answer":
+    if arguments[:1] == ["--answer"] and len(arguments) == 3:
         answer(*arguments[1:])
         return 0
+    unknown = [name for name in arguments[2:] if name not in BEHAVIOURS]
+    if len(arguments) < 2 or unknown or not all(map(os.path.isdir, arguments[:2])):
+        print("usage: python -m fusewire.testing UNDER_TEST ORACLE [NAME...]: two directories", file=sys.stderr)
+        print(*(f"there is no behaviour {name}" for name in unknown), sep="\n", end="", file=sys.stderr)
+        return 2
     under_test, oracle, *wanted = arguments
     failed = 0
     for name in wanted or BEHAVIOURS:
+        if "root" in BEHAVIOURS[name].marks and os.geteuid() != 0:
+            print(f"left out {name}: it needs root")
+            continue
         try:
             compare(BEHAVIOURS[name], under_test, oracle)
         except (AssertionError, OSError) as error:
