@@ -67,7 +67,9 @@ def nodes(target: str, threads: int) -> None:
         attr_timeout = 0.0
         keep_cache = False
 
-    fusewire.mount(Folder(hello=Text(DATA)), target, strategy="direct", threads=threads or None)
+    # Without default_permissions, which the others do not have either (see pyfuse3 below).
+    options = fusewire.Options(fsname=b"hello")
+    fusewire.mount(Folder(hello=Text(DATA)), target, options=options, strategy="direct", threads=threads or None)
 
 
 def by_path(module: str) -> Callable[[str, int], None]:
