@@ -288,7 +288,7 @@ def _check_link(session: Owner, unique: int, result: Any, request: Any, op: Op) 
     length = len(result)
     if length >= session.page_size:
         return [_OUT(16, -errno.ENAMETOOLONG, unique)]
-    if length == 0 or b"\0" in result:
+    if length == 0 or 0 in result:
         return session.bad_reply(unique, op, "a target that is empty or has a NUL")
     return [_OUT(16 + length, 0, unique), result]
 

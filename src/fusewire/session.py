@@ -322,7 +322,7 @@ class Session:
                 result = handler(nodeid, *unpack(request, 40)) if unpack is not None else handler(nodeid)
             elif adapter is lookup:
                 name = request[40:-1].tobytes()
-                if length > 296 or not name or name[0] == 46 or b"/" in name or b"\0" in name or request[-1]:
+                if length > 296 or not name or name[0] == 46 or 47 in name or 0 in name or request[-1]:
                     check_name(name, terminated=not request[-1])
                 result = handler(_NEW(Caller, (uid, gid, pid, unique, None)), nodeid, name)
                 if result is None:

@@ -205,7 +205,7 @@ class Files(Base):
             else:
                 text, attrs, offset = item
             name = self._encoded(text)
-            if not 0 < len(name) <= _LONGEST_NAME or b"/" in name or b"\0" in name:
+            if not 0 < len(name) <= _LONGEST_NAME or 47 in name or 0 in name:
                 log.warning("readdir of %s gave %r, which can be no file name: left out.", node.path, text)
                 continue
             mode = attrs if isinstance(attrs, int) else int(attrs.get("st_mode", 0)) if attrs else 0

@@ -250,7 +250,7 @@ class Builder:
     def add(self, path: bytes, member: Member) -> None:
         """Add a member, or let it replace what had its path."""
         kind = member.mode & S_IFMT
-        if kind == S_IFLNK and not (0 < len(member.target) <= TARGET_MAX and b"\0" not in member.target):
+        if kind == S_IFLNK and not (0 < len(member.target) <= TARGET_MAX and 0 not in member.target):
             self.skip("a symbolic link that is empty, too long or has a NUL", path)
             return
         if kind not in TYPES:
@@ -381,7 +381,7 @@ class Builder:
 
 
 def _is_name(word: bytes) -> bool:
-    return 0 < len(word) <= NAME_MAX and b"\0" not in word and word not in (b".", b"..")
+    return 0 < len(word) <= NAME_MAX and 0 not in word and word not in (b".", b"..")
 
 
 class Pieces:

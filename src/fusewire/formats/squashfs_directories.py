@@ -194,7 +194,7 @@ class Directories(Inodes):
 
     def _check_entry(self, directory: Inode, name: bytes, length: int, ref: int) -> None:
         """Refuse what no file system may pass on: an impossible name, or a directory inside itself."""
-        if length >= NAME_MAX or len(name) != length + 1 or b"/" in name or b"\0" in name or name in (b".", b".."):
+        if length >= NAME_MAX or len(name) != length + 1 or 47 in name or 0 in name or name in (b".", b".."):
             raise damaged(f"directory entry with the impossible name {name!r}", self._directory_table + directory.start)
         if ref in (directory.ref, self.root):
             raise damaged("directory that contains itself", self._directory_table + directory.start)
@@ -247,7 +247,7 @@ class Directories(Inodes):
                 stop = pos + 9 + length
                 name = data[pos + 8 : stop]
                 pos = stop
-                if not 1 < length < NAME_MAX or b"/" in name or b"\0" in name:
+                if not 1 < length < NAME_MAX or 47 in name or 0 in name:
                     self._check_entry(directory, name, length, -1)
                 try:
                     if offset <= last_common:

@@ -193,7 +193,10 @@ class NodeFilesystem(Listings):
         # In a directory that is computed another object has the name now; the kernel goes on with the same inode.
         for inode, place, at in ((new, newdir, newname), (old, directory, name))[: 2 if flags & _EXCHANGE else 1]:
             if place._computed:
-                found = yield from self.find(place, at)
+                try:
+                    found = yield from self.find(place, at)
+                except OSError:
+                    continue  # it has been moved all the same
                 if found is not None:
                     self.renew(inode, at, found)
 

@@ -24,7 +24,7 @@ from fusewire.wire import abi
 from fusewire.wire.codec import timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fusewire.fs.passthrough.config import Config
     from fusewire.fs.passthrough.nodes import Status
@@ -50,20 +50,20 @@ _OWNER = Struct("=4sII")
 class Handle:
     """An open file or directory: its descriptor, its node, and what a directory's listing has read ahead."""
 
-    __slots__ = ("bare", "cookie", "ended", "fd", "flags", "given", "lock", "node", "owners", "pending")
+    # Most never have more than what __init__ sets: these are the class's until then, which halves the making.
+    # Directories only: entries that were read and not given yet, and the cookie that the first of them follows.
+    pending: Sequence[files.Dirent] = ()
+    cookie = 0
+    given = 0  # how many of the portion at hand have been given
+    bare = False  # READDIRPLUS gives names alone
+    lock: Any = None
+    owners: set[int] | None = None  # lock owners that have taken POSIX or OFD locks by it
+    ended = False  # no lock is taken by it any more
 
     def __init__(self, node: Node, fd: Fd, flags: int) -> None:
         self.node = node
         self.fd = fd
         self.flags = flags
-        # Directories only: entries that were read and not given yet, and the cookie that the first of them follows.
-        self.pending: list[files.Dirent] = []
-        self.cookie = 0
-        self.given = 0  # how many of the portion at hand have been given
-        self.bare = False  # READDIRPLUS gives names alone
-        self.lock: Any = None
-        self.owners: set[int] | None = None  # lock owners that have taken POSIX or OFD locks by it
-        self.ended = False  # no lock is taken by it any more
 
 
 def wire_device(rdev: int) -> int:

@@ -19,7 +19,7 @@ from fusewire.linux import files
 from fusewire.wire.codec import DIRENT, DirBuffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from fusewire.fs.passthrough.nodes import Node
     from fusewire.linux.files import Dirent
@@ -129,15 +129,15 @@ class Directories(Watch):
             raise NotADirectoryError(errno.ENOTDIR, "the handle is that of a file", fh)
         return handle
 
-    def _listing(self, handle: Handle, offset: int, size: int) -> Iterator[list[Dirent]]:
+    def _listing(self, handle: Handle, offset: int, size: int) -> Iterator[Sequence[Dirent]]:
         """Give the entries after the cookie `offset`, in portions, until one of them is not used up.
 
         Whoever takes them sets `handle.cookie` to the cookie of the last that he took, and counts them in
         `handle.given`.
         """
-        pending, handle.pending = handle.pending, []
+        pending, handle.pending = handle.pending, ()
         if offset != handle.cookie or not offset:
-            pending = []
+            pending = ()
             # lseek(2) takes positions as signed numbers; some network filesystems use all 64 bits.
             os.lseek(handle.fd.number, offset - (1 << 64) if offset >> 63 else offset, os.SEEK_SET)
             handle.cookie = offset
@@ -158,4 +158,4 @@ class Directories(Watch):
             if handle.given < len(pending):
                 handle.pending = pending[handle.given :]
                 return
-            pending = []
+            pending = ()

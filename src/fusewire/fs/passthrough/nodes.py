@@ -196,10 +196,13 @@ class Nodes:
     @staticmethod
     def lent(node: Node) -> Fd | None:
         """Give the descriptor of an open file of the node, if there is one."""
-        try:
-            return node.lent[-1]
-        except IndexError:
-            return None
+        lent = node.lent
+        if lent:  # as a rule there is none, and an exception would cost more than all the rest
+            try:
+                return lent[-1]
+            except IndexError:
+                pass  # it was closed this moment
+        return None
 
     def _reopen(self, node: Node) -> tuple[Fd, Status]:
         if node.handle is not None:
@@ -290,7 +293,10 @@ class Nodes:
 
     def reserve(self) -> None:
         """Make room for one more open file. Raises OSError(ENFILE) when everything is in use."""
-        if self.descriptors >= self._budget:
+        count = len(self._held)
+        for other in self.others:
+            count += len(other)
+        if count >= self._budget:
             self._make_room()
 
     def _make_room(self) -> None:

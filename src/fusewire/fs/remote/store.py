@@ -190,7 +190,7 @@ class Store:
             name = os.fsencode(rest) if self.local else rest.encode()
         except UnicodeError:
             return None
-        if name in (b"", b".", b"..") or b"/" in name or b"\0" in name or len(name) > 255:
+        if name in (b"", b".", b"..") or 47 in name or 0 in name or len(name) > 255:
             return None
         return name
 
