@@ -338,17 +338,23 @@ class Exchange:
                 return 0
         written = 0
         pieces = iter(writable)
-        target = next(pieces, _NOWHERE)
+        target = _NOWHERE
         for part in reply:
             source = memoryview(part).cast("B")
-            while source:
-                if not target:
+            at, end = 0, len(source)
+            while at < end:
+                room = len(target)
+                if 0 < room <= end - at:  # pages, as a rule: filled whole
+                    target[:] = source[at : at + room]
+                    at += room
+                    target = _NOWHERE
+                elif room:
+                    target[: end - at] = source[at:]
+                    target = target[end - at :]
+                    at = end
+                else:
                     target = next(pieces)
-                    continue
-                count = min(len(source), len(target))
-                target[:count] = source[:count]
-                target, source = target[count:], source[count:]
-                written += count
+            written += end
         return written
 
     def _give_file(self, chain: Chain, reply: FileReply) -> int:

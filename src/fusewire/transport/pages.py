@@ -86,11 +86,20 @@ def gather(table: bytes, memory: GuestMemory) -> Pages | None:
 
     def views() -> list[memoryview]:
         pieces: list[memoryview] = []
+        base, limit, view = 0, -1, memoryview(b"")
         for address, length in _PLACES(table):
-            try:
-                pieces += memory.slices(address, length)
-            except BadAddress:
-                continue
+            start = address - base
+            if not 0 <= start <= start + length <= limit:
+                try:
+                    base, limit, _, view, _ = memory.find(address)
+                    start = address - base
+                    if start + length > limit:
+                        pieces += memory.slices(address, length)
+                        continue
+                except BadAddress:
+                    continue
+            if length:
+                pieces.append(view[start : start + length])
         return pieces
 
     return Pages(bytes(array), count, total, views)
