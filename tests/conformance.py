@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import pytest
 
+import e2e
 from fusewire.testing.conformance import BEHAVIOURS
 from rootless import NOBODY, rootless_home, rootless_python
 
@@ -105,8 +106,9 @@ class Answering:
         answered, _, _ = select.select([process.stdout], [], [], PATIENCE)
         line = process.stdout.readline() if answered else ""
         if not line:
+            why = "ended its process" if answered else f"hangs\n{e2e.described(process.pid)}"
             self._end(kill=True)
-            pytest.fail(f"{name} {'ended its process' if answered else 'hangs'}\n{self._said()}", pytrace=False)
+            pytest.fail(f"{name} {why}\n{self._said()}", pytrace=False)
         if wrong := json.loads(line):
             pytest.fail(wrong, pytrace=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,9 +38,12 @@ def world() -> Iterator[e2e.World]:
 
 @pytest.fixture(autouse=True)
 def no_child_left() -> Iterator[None]:
-    """Fail a test that leaves a child process behind, ended or not."""
+    """Fail a test that leaves a child process behind, ended or not, or signals blocked, which children inherit."""
     before = set(e2e.children(os.getpid()))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert blocked == set(), "something has left signals blocked"
     yield
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, blocked) == blocked
     left = [f"{pid} {' '.join(e2e.command_line(pid))}" for pid in e2e.children(os.getpid()) if pid not in before]
     assert left == []
 

@@ -364,6 +364,24 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def described(pid: int) -> str:
+    """What a process and all below it wait for, for the report of a test in which something hangs."""
+    said = [f"{pid}: {' '.join(command_line(pid))[-120:]}"]
+    for name, wanted in (
+        ("status", ("State", "SigQ", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")),
+        ("wchan", ()),
+    ):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
+            said.append("  " + "; ".join(line for line in lines if not wanted or line.partition(":")[0] in wanted))
+    for name in ("syscall", "stack"):
+        with contextlib.suppress(OSError):
+            said.append("  " + Path(f"/proc/{pid}/{name}").read_text().strip().replace("\n", "\n  "))
+    with contextlib.suppress(OSError):
+        said += [described(child) for child in children(pid)]
+    return "\n".join(said)
+
+
 def mounts_of(base: str) -> list[str]:
     from fusewire.linux import mountinfo
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -289,8 +290,11 @@ def test_killed_guest_is_followed_by_another_at_the_same_daemon(tmp_path: Path) 
     with fusewire(tmp_path) as daemon:
         with Guest([Share(daemon.path)], python=False) as guest:
             guest.check(f"{MOUNT} fs /mnt && sleep 1000 </mnt/file & {_until('[ -e /mnt/file ]')}")
-            first = daemon.descriptors()
-            assert any(path.endswith("/file") for path in first)
+            deadline = time.monotonic() + PATIENCE
+            first: list[str] = []
+            while not any(path.endswith("/file") for path in first):
+                assert time.monotonic() < deadline
+                first = daemon.descriptors()
             os.kill(guest.pid, signal.SIGKILL)
         with Guest([Share(daemon.path)], python=False) as guest:
             # The one before has gone once this one is answered.
