@@ -122,3 +122,26 @@ def test_program_is_shared_with_a_guest(world: World, uid: int) -> None:
     refused = world.fw("share", "mine:Hello", "--sandbox", "namespace", "--socket-path", str(socket), uid=uid)
     assert refused.returncode == 1
     assert "--sandbox is not for mine:Hello, which is a program" in refused.stderr
+
+
+def test_program_has_the_time_that_it_takes_to_end(world: World, uid: int) -> None:
+    """What it has in memory is its own to save, in destroy."""
+    program = """
+import pathlib, time, fusewire
+
+class Slow(fusewire.Dir):
+    place = pathlib.Path({place!r})
+
+    def destroy(self):
+        time.sleep(3)
+        self.place.write_text("saved")
+"""
+    place = world.home(uid) / "saved"
+    (world.home(uid) / "slow.py").write_text(program.format(place=str(place)))
+    with world.mounted("slow:Slow", "mnt", uid=uid) as found:
+        pass
+    assert ends(found["server"])
+    assert place.read_text() == "saved"
+    place.unlink()
+    assert world.fw("run", "slow:Slow:/opt/slow", "--", "ls", "/opt/slow", uid=uid).returncode == 0
+    assert place.read_text() == "saved"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import squashfs_images
-from e2e import USER, World, command_line
+from e2e import PATIENCE, USER, World, command_line
 from remote_server import RangeServer, certificate
 
 needs_fsspec = pytest.mark.skipif(importlib.util.find_spec("fsspec") is None, reason="fsspec is not installed")
@@ -133,14 +134,22 @@ def test_password_is_shown_nowhere(world: World, server: RangeServer, uid: int) 
         assert [text for text in said if secret in text] == []
 
 
+def appearing(world: World, pattern: str) -> list[Path]:
+    """Files at home, as soon as there are any."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := list(world.home().glob(pattern))):
+        assert time.monotonic() < deadline
+    return found
+
+
 @needs_fsspec
 def test_what_cannot_be_saved_is_kept_in_a_file_when_the_mount_ends(world: World) -> None:
     script = "mkdir d; chmod 555 d"
     assert world.sh(script).returncode == 0
     with world.mounted(f"file://{world.home()}/d", "mnt"):
         world.sh("echo hi > mnt/file")  # the shell does not look at what close(2) says
-    (kept,) = world.home().glob("fusewire-unsaved-*-file")
+    (kept,) = appearing(world, "fusewire-unsaved-*-file")  # by the server, which ends after its mount
     assert kept.read_text() == "hi\n"
     done = world.fw("run", f"file://{world.home()}/d:/opt/d", "--", "sh", "-c", "echo hi > /opt/d/other")
     assert "/fusewire-unsaved-" in done.stderr
-    assert len(list(world.home().glob("fusewire-unsaved-*-other"))) == 1
+    assert len(appearing(world, "fusewire-unsaved-*-other")) == 1

@@ -870,3 +870,19 @@ def wait_for(path: str, server: subprocess.Popen[str]) -> None:
             except (FileNotFoundError, ConnectionRefusedError):
                 assert server.poll() is None, server.communicate()
                 assert time.monotonic() < end
+
+
+def test_what_destroy_saves_is_there_when_the_block_has_ended(user):
+    user.run(
+        """
+class Slow(Hello):
+    def destroy(self):
+        time.sleep(1.5)
+        os.write(told, b"saved")
+heard, told = os.pipe()
+with fusewire.mounted(Slow()) as m:
+    read(m.path + "/hello")
+os.set_blocking(heard, False)
+assert os.read(heard, 9) == b"saved"
+"""
+    )

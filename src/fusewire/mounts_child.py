@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Commands to a child that serves.
 _PLAIN, _LAZY, _END = b"u", b"l", b"e"
 _MOMENT = 0.2
+_SAVING = 30.0  # seconds that `destroy` may take when the mount has ended
 
 
 class InChild(Mounted):
@@ -472,8 +473,8 @@ class _Child:
                     held.unmount(lazy=True)
             except OSError:
                 patience = 0.0  # it ends with this process
-            if server is not None and not server.wait_end(patience):
-                server.session.close()
+            if server is not None and not server.wait_end(patience) and not server.session.close():
+                server.wait_end(_SAVING)  # the last worker is in `destroy`
         try:
             os.rmdir(self._private)
         except OSError:

@@ -616,17 +616,22 @@ class Session:
         if self.on_destroy is not None:
             self.on_destroy()
 
-    def close(self) -> None:
-        """End the filesystem: its `destroy` is called once, however the mount ended, and never raises from here."""
+    def close(self) -> bool:
+        """End the filesystem: its `destroy` is called once, however the mount ended, and never raises from here.
+
+        False if another thread has begun to end it, and may be at it still.
+        """
         with self._lock:
             destroyed, self._destroyed = self._destroyed, True
-        if not destroyed:
-            try:
-                if self.runner is not None:
-                    self.runner.end()
-                self._wait_for(self.operations.destroy())
-            except Exception as error:  # noqa: BLE001 - nobody is left who could be told
-                self.log_once("destroy failed", error)
+        if destroyed:
+            return False
+        try:
+            if self.runner is not None:
+                self.runner.end()
+            self._wait_for(self.operations.destroy())
+        except Exception as error:  # noqa: BLE001 - nobody is left who could be told
+            self.log_once("destroy failed", error)
+        return True
 
     # FORGET
 

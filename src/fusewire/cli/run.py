@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 1.0  # seconds that a killed process may take to end; one that hangs in the kernel takes longer
-_FAREWELL = 5.0  # seconds that the server may take to stop serving
+# Seconds that the server may take to stop serving; and where it may have something to save, a program or a store.
+_FAREWELL, _LONG_FAREWELL = 5.0, 35.0
 
 
 class Spec:
@@ -198,7 +199,8 @@ def _supervise(job: Run, command: int, server: int) -> int | None:
         if status == -1:
             _end(command, signal.SIGKILL)
         return None
-    _end(server, signal.SIGTERM, _FAREWELL)
+    saves = any(":" in spec.source for spec in job.specs)
+    _end(server, signal.SIGTERM, _LONG_FAREWELL if saves else _FAREWELL)
     return status
 
 

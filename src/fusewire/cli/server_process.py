@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _PACKET = 1 << 16
 _MOST_FDS = 253  # SCM_MAX_FD, unix(7)
 _ANSWER = 0.7  # seconds that a child may take to say how it is; whoever asks us waits no longer than one
-_FAREWELL = 1.0  # seconds that it may take to end
+# Seconds that it may take to end; and where it may have something to save: one that is a program, or sends to a store.
+_FAREWELL, _LONG_FAREWELL = 1.0, 30.0
 
 # What the server of a directory keeps of the holder's capabilities beside those of every server of files: without them
 # backing files, trusted attributes, file handles, immutable files, reserved blocks and labels would be lost.
@@ -136,6 +137,7 @@ class ServerProcess:
         self._left = 0
         self._hung_up = False
         self._status: int | None = None
+        self._farewell = _LONG_FAREWELL if sources[0].is_free else _FAREWELL
         action, lacking = ("none", "") if sources[0].is_free else locks.filter()
         ours, theirs = process.socket_pair(packets=True)
         directory = next((source for source in sources if source.directory is not None), None)
@@ -268,7 +270,7 @@ class ServerProcess:
             held = process.hold(self.pid, process.start_time(self.pid) or 0)
             if held is not None:
                 with held:
-                    if not held.wait(_FAREWELL):
+                    if not held.wait(self._farewell):
                         held.kill(signal.SIGKILL)
                         held.wait(_FAREWELL)
             try:
@@ -370,7 +372,10 @@ class _Child:
                     source.move_in(entered, trusted=self.trusted)
         tune_process()
         while True:
-            packet, fds = process.recv_fds(self._wire, _PACKET, _MOST_FDS)
+            try:
+                packet, fds = process.recv_fds(self._wire, _PACKET, _MOST_FDS)
+            except ConnectionResetError:
+                break  # it has hung up, and has not read the last that we said
             if packet[:1] == b"M":
                 answer = self._add(packet[1:], fds)
             elif packet[:1] == b"S":
@@ -378,9 +383,13 @@ class _Child:
                 answer = b"S%d %d" % (requests, sum(server.session.bad_replies for server in self._servers))
             else:
                 break
-            os.write(self._wire, answer)
+            try:
+                os.write(self._wire, answer)
+            except BrokenPipeError:
+                break
         for server in self._servers:
-            server.session.close()
+            if not server.session.close():
+                server.wait_end()  # its last worker is ending the filesystem, which may have something to save
         return 0
 
     def _add(self, packet: bytes, fds: list[int]) -> bytes:
