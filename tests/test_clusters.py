@@ -21,7 +21,7 @@ FIRST_LINE = "You are reading a file inside a squashfs image. Nothing was unpack
 
 # A task that kills the process that it runs in, once; Dask starts another process and gives it the task again.
 DEADLY = """
-import os, signal, sys
+import os, signal, sys, time
 import cloudpickle
 import cluster
 
@@ -32,6 +32,7 @@ def first_line(path):
     mark = os.path.join(os.environ["HOME"], "killed")
     if not os.path.exists(mark):
         open(mark, "w").close()
+        time.sleep(2)  # Dask's nanny gives up, and all wait for ever, if its worker dies before it has seen it begin
         os.kill(os.getpid(), signal.SIGKILL)
     return read(path)
 
