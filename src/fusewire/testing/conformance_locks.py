@@ -53,7 +53,15 @@ def _other(fd: int, path: str) -> Other:
         ofd_wait=lambda kind, start=0, length=0: _set(own(), kind, start, length, fcntl.F_OFD_SETLKW),
         flock=lambda kind: fcntl.flock(own(), kind),
         flock_inherited=lambda kind: fcntl.flock(fd, kind),
+        open=lambda: bool(own()),
     )
+
+
+def _begin_to_wait(other: Other, name: str, *arguments: int) -> None:
+    """Have it wait for a lock. It opens its file before: to wait for that is to sleep in the kernel, too."""
+    other.call("open")
+    other.start(name, *arguments)
+    other.wait_until_it_sleeps()
 
 
 # POSIX record locks
@@ -194,8 +202,7 @@ def waiting_for_a_lock_ends_with_its_release(root: str) -> Any:
     path = put(f"{root}/file")
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as other:
         _set(fd, _WRITE)
-        other.start("wait", _WRITE)
-        other.wait_until_it_sleeps()
+        _begin_to_wait(other, "wait", _WRITE)
         waiting = not other.has_answered()
         _set(fd, _FREE)
         found = other.result()
@@ -207,8 +214,7 @@ def waiting_for_a_lock_ends_with_its_holder(root: str) -> Any:
     path = put(f"{root}/file")
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as holder, _other(fd, path) as other:
         holder.call("set", _WRITE)
-        other.start("wait", _WRITE)
-        other.wait_until_it_sleeps()
+        _begin_to_wait(other, "wait", _WRITE)
         holder.end()
         return other.result(), outcome(_set, fd, _WRITE)
 
@@ -218,8 +224,7 @@ def waiting_for_a_lock_is_interrupted(root: str) -> Any:
     path = put(f"{root}/file")
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as other:
         _set(fd, _WRITE, 0, 10)
-        other.start("wait", _WRITE, 5, 10)
-        other.wait_until_it_sleeps()
+        _begin_to_wait(other, "wait", _WRITE, 5, 10)
         os.kill(other.pid, signal.SIGUSR1)
         found = other.result()
         _set(fd, _FREE)
@@ -232,8 +237,7 @@ def killed_waiter_leaves_no_lock(root: str) -> Any:
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as third:
         _set(fd, _WRITE)
         with _other(fd, path) as other:
-            other.start("wait", _WRITE)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "wait", _WRITE)
         _set(fd, _FREE)
         return third.call("set", _WRITE), outcome(_set, fd, _WRITE)
 
@@ -244,8 +248,7 @@ def two_that_wait_both_get_the_lock(root: str) -> Any:
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as first, _other(fd, path) as second:
         _set(fd, _WRITE)
         for other in (first, second):
-            other.start("wait", _WRITE)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "wait", _WRITE)
         _set(fd, _FREE)
         while not (first.has_answered() or second.has_answered(0.01)):
             pass
@@ -261,8 +264,7 @@ def waiting_readers_all_get_the_lock(root: str) -> Any:
     with opened(path, os.O_RDWR) as fd, _other(fd, path) as first, _other(fd, path) as second:
         _set(fd, _WRITE)
         for other in (first, second):
-            other.start("wait", _READ)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "wait", _READ)
         _set(fd, _FREE)
         return first.result(), second.result(), outcome(_set, fd, _WRITE), outcome(_set, fd, _READ)
 
@@ -330,8 +332,7 @@ def description_locks_are_inherited_and_waited_for(root: str) -> Any:
         _set(fd, _WRITE, 0, 0, fcntl.F_OFD_SETLK)
         with _other(fd, path) as other:
             found = [other.call("ofd", _READ)]
-            other.start("ofd_wait", _WRITE)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "ofd_wait", _WRITE)
             found.append(other.has_answered())
             _set(fd, _FREE, 0, 0, fcntl.F_OFD_SETLK)
             return *found, other.result()
@@ -380,8 +381,7 @@ def flock_waits_and_is_woken(root: str) -> Any:
     path = put(f"{root}/file")
     with opened(path) as fd, _other(fd, path) as other:
         fcntl.flock(fd, fcntl.LOCK_EX)
-        other.start("flock", fcntl.LOCK_SH)
-        other.wait_until_it_sleeps()
+        _begin_to_wait(other, "flock", fcntl.LOCK_SH)
         waiting = not other.has_answered()
         fcntl.flock(fd, fcntl.LOCK_SH)
         return waiting, other.result(), outcome(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -393,12 +393,10 @@ def flock_that_waits_is_interrupted_or_killed(root: str) -> Any:
     with opened(path) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         with _other(fd, path) as other:
-            other.start("flock", fcntl.LOCK_EX)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "flock", fcntl.LOCK_EX)
             os.kill(other.pid, signal.SIGUSR1)
             found = [other.result()]
-            other.start("flock", fcntl.LOCK_EX)
-            other.wait_until_it_sleeps()
+            _begin_to_wait(other, "flock", fcntl.LOCK_EX)
         fcntl.flock(fd, fcntl.LOCK_UN)
         with opened(path) as second:
             return *found, outcome(fcntl.flock, second, fcntl.LOCK_EX | fcntl.LOCK_NB)
