@@ -251,16 +251,19 @@ def test_other_type_under_the_name_is_another_file():
     assert kernel.lookup(1, b"it").nodeid != first.nodeid
 
 
+class Row(Bytes):
+    """What is known by a number, and made anew each time."""
+
+    def __init__(self, number):
+        super().__init__(b"%d" % number)
+        self.number = number
+
+    @property
+    def key(self):
+        return self.number
+
+
 def test_key_says_what_a_node_is():
-    class Row(Bytes):
-        def __init__(self, number):
-            super().__init__(b"%d" % number)
-            self.number = number
-
-        @property
-        def key(self):
-            return ("row", self.number)
-
     class Rows(Dir):
         timeout = 0
         names_of = {"a": 1, "b": 2, "c": 1}
@@ -304,18 +307,6 @@ def test_replaced_node_is_another_file_also_where_the_old_one_has_names_elsewher
     root["moved"] = Bytes(b"newest")
     assert kernel.lookup(1, b"moved").nodeid != old
     assert kernel.read(old, 0, 0, 10) == b"old"
-
-
-class Row(Bytes):
-    """What is known by a number, and made anew each time."""
-
-    def __init__(self, number):
-        super().__init__(b"%d" % number)
-        self.number = number
-
-    @property
-    def key(self):
-        return self.number
 
 
 def test_key_holds_when_the_kernel_has_forgotten_the_node_meanwhile():

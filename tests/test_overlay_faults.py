@@ -393,6 +393,24 @@ def test_upper_directory_of_the_kernel_with_redirects_and_metacopies_shows_nothi
     client.end()
 
 
+def take_a_turn(client: Client, after: str) -> None:
+    """See what another overlay has made of the tree, and make something else of it."""
+    assert client.list("dir").keys() == {after}
+    assert (client.get("file"), client.exists("other")) == (b"2", False)
+    client.unlink(f"dir/{after}")
+    client.rmdir("dir")
+    client.mkdir("dir")
+    client.make("dir/ours", b"3")
+    client.make("other", b"4")
+    client.unlink("file")
+
+
+def check_our_turn(mount: Path) -> None:
+    assert os.listdir(mount / "dir") == ["ours"]
+    assert sorted(os.listdir(mount)) == ["dir", "other"]
+    assert (mount / "other").read_bytes() == b"4"
+
+
 @needs_root
 @pytest.mark.parametrize("options", ["", ",userxattr"], ids=["trusted", "userxattr"])
 def test_kernel_and_ours_take_turns_as_root(tree: Path, tmp_path: Path, options: str) -> None:
@@ -403,20 +421,11 @@ def test_kernel_and_ours_take_turns_as_root(tree: Path, tmp_path: Path, options:
         (mount / "other").unlink()
         (mount / "file").write_bytes(b"2")
     client = Client(open_directory(os.fspath(tree)), tmp_path)
-    assert client.list("dir").keys() == {"kernels"}
-    assert (client.get("file"), client.exists("other")) == (b"2", False)
-    client.unlink("dir/kernels")
-    client.rmdir("dir")
-    client.mkdir("dir")
-    client.make("dir/ours", b"3")
-    client.make("other", b"4")
-    client.unlink("file")
+    take_a_turn(client, after="kernels")
     assert opaque(client.upper("dir"))
     client.end()
     with Kernels(tree, tmp_path, options) as mount:
-        assert os.listdir(mount / "dir") == ["ours"]
-        assert sorted(os.listdir(mount)) == ["dir", "other"]
-        assert (mount / "other").read_bytes() == b"4"
+        check_our_turn(mount)
 
 
 @needs_root
@@ -446,20 +455,11 @@ def test_fuse_overlayfs_and_ours_take_turns(tree: Path, tmp_path: Path) -> None:
         client = Client(open_directory(os.fspath(tree)), tmp_path)
         if by_name:
             client.overlay._marks.devices, client.overlay._marks.opaque = False, ()
-        assert client.list("dir").keys() == {"theirs"}
-        assert (client.get("file"), client.exists("other")) == (b"2", False)
-        client.unlink("dir/theirs")
-        client.rmdir("dir")
-        client.mkdir("dir")
-        client.make("dir/ours", b"3")
-        client.make("other", b"4")
-        client.unlink("file")
+        take_a_turn(client, after="theirs")
         client.end()
 
         def back() -> None:
-            assert os.listdir(mount / "dir") == ["ours"]
-            assert sorted(os.listdir(mount)) == ["dir", "other"]
-            assert (mount / "other").read_bytes() == b"4"
+            check_our_turn(mount)
             (mount / "dir" / "ours").rename(mount / "dir" / "theirs")
             (mount / "file").write_bytes(b"2")
             (mount / "other").unlink()

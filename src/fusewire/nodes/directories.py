@@ -14,6 +14,7 @@ from fusewire.nodes.base import TREES, Node, Special, Symlink
 from fusewire.nodes.files import Bytes
 from fusewire.ops import FOREVER, Statfs
 from fusewire.wire.abi import NAME_MAX
+from fusewire.wire.requests import is_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_node(name: bytes, node: object) -> None:
 def encoded(name: bytes | str) -> bytes:
     """Give a name as bytes. Raises ValueError for what no directory can have: path_resolution(7), NAME_MAX."""
     name = os.fsencode(name)
-    if not 0 < len(name) <= NAME_MAX or name in (b".", b"..") or 47 in name or 0 in name:
+    if not is_name(name):
         raise ValueError(
             f"{os.fsdecode(name)!r} cannot be a name: 1 to {NAME_MAX} bytes, no '/' nor NUL, not '.', '..'"
         )

@@ -20,13 +20,18 @@ class BadRequest(Exception):  # noqa: N818 - it is an answer, not a fault of our
     """A request whose shape is wrong; carries the errno to answer."""
 
 
+def is_name(name: bytes) -> bool:
+    """Tell whether a directory can have an entry of this name, path_resolution(7): "." and ".." are not among them."""
+    # Numbers: where CPython is to find bytes in bytes, it first raises a TypeError and forgets it. That takes ten times
+    # as long.
+    return 0 < len(name) <= abi.NAME_MAX and name not in (b".", b"..") and _SLASH not in name and 0 not in name
+
+
 def check_name(name: bytes, *, terminated: bool = True) -> None:
     """Refuse what may never reach a filesystem: empty, ".", "..", with "/" or NUL, too long, not terminated."""
     if len(name) > abi.NAME_MAX:
         raise BadRequest(errno.ENAMETOOLONG)
-    # Numbers: where CPython is to find bytes in bytes, it first raises a TypeError and forgets it. That takes ten times
-    # as long.
-    if not terminated or name in (b"", b".", b"..") or _SLASH in name or 0 in name:
+    if not terminated or not is_name(name):
         raise BadRequest(errno.EINVAL)
 
 

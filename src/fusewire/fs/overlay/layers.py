@@ -20,6 +20,7 @@ from fusewire.linux import files
 from fusewire.ops import Caller, FileRange, Operations
 from fusewire.wire import abi
 from fusewire.wire.codec import ATTR_OUT, DIRENT, ENTRY_OUT
+from fusewire.wire.requests import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -263,7 +264,7 @@ class Lower:
                     ino, offset, length, kind = DIRENT.unpack_from(data, start)
                     name = data[start + 24 : start + 24 + length]
                     # Nobody between has checked it, and it is to be a name in a directory of the host.
-                    if 0 < length < 256 and name not in (b".", b"..") and 47 not in name and 0 not in name:
+                    if is_name(name):
                         found = entry_of(data[place : place + 128]) if plus else None
                         yield name, ino, kind, found
                     place = start + (24 + length + 7 & ~7)

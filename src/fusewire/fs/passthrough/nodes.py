@@ -293,10 +293,7 @@ class Nodes:
 
     def reserve(self) -> None:
         """Make room for one more open file. Raises OSError(ENFILE) when everything is in use."""
-        count = len(self._held)
-        for other in self.others:
-            count += len(other)
-        if count >= self._budget:
+        if self.descriptors >= self._budget:
             self._make_room()
 
     def _make_room(self) -> None:

@@ -19,6 +19,7 @@ from fusewire.fs.remote import visible
 from fusewire.fs.remote.http import SMALL
 from fusewire.fs.remote.looks import Info, info_of, same
 from fusewire.fs.remote.retry import Patience, Transient, persist
+from fusewire.wire.requests import is_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -190,7 +191,7 @@ class Store:
             name = os.fsencode(rest) if self.local else rest.encode()
         except UnicodeError:
             return None
-        if name in (b"", b".", b"..") or 47 in name or 0 in name or len(name) > 255:
+        if not is_name(name):
             return None
         return name
 
