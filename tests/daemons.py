@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-C_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"  # Debian's qemu-system-common before trixie
+# Where Debian keeps the peers: the C one is QEMU's own, up to Debian 12; the Rust one followed it.
+PEERS = {"virtiofsd": "/usr/lib/qemu/virtiofsd", "virtiofsd-rust": "/usr/libexec/virtiofsd"}
 PATIENCE = 10.0
 # A share that is its own parent's child: no process waits for it outside of a sandbox.
 ONE_PROCESS = ["--sandbox=none", "--landlock=off"]
@@ -18,11 +19,12 @@ ONE_PROCESS = ["--sandbox=none", "--landlock=off"]
 
 def missing(kind: str) -> str:
     """Why a daemon cannot be started here, or an empty string."""
-    if kind == "virtiofsd":
-        if not os.access(C_VIRTIOFSD, os.X_OK):
-            return f"{C_VIRTIOFSD} is not there (Debian: qemu-system-common)"
+    if kind in PEERS:
+        # Debian 13 has a link to the Rust one where the C one was.
+        if not os.access(PEERS[kind], os.X_OK) or os.path.islink(PEERS[kind]):
+            return f"{PEERS[kind]} is not there (Debian 12: qemu-system-common, C; Debian 13: virtiofsd, Rust)"
         if os.geteuid():
-            return "the C virtiofsd runs only as root"
+            return "virtiofsd is started here only by root"
         return ""
     tried = subprocess.run([sys.executable, "-m", "fusewire", "share", "--help"], capture_output=True, timeout=60)
     return "" if tried.returncode == 0 else "there is no `fusewire share`"
@@ -39,14 +41,17 @@ class Daemon:
         self.log = place / "daemon.log"
         inherited = ()
         listening = None
-        if kind == "virtiofsd":
-            # By an inherited socket: with a path, it would leave a pid file behind.
+        if kind in PEERS:
+            # By an inherited socket: with a path, the C one would leave a pid file behind.
             listening = socket.socket(socket.AF_UNIX)
             listening.bind(self.socket)
             listening.listen(1)
             inherited = (listening.fileno(),)
-            command = [C_VIRTIOFSD, f"--fd={listening.fileno()}", "-o", f"source={directory},sandbox=chroot"]
-            command += ["-o", "xattr,posix_lock,flock"]
+            command = [PEERS[kind], f"--fd={listening.fileno()}"]
+            if kind == "virtiofsd":
+                command += ["-o", f"source={directory},sandbox=chroot", "-o", "xattr,posix_lock,flock"]
+            else:
+                command += [f"--shared-dir={directory}", "--sandbox=chroot", "--xattr"]
         else:
             command = [sys.executable, "-m", "fusewire", "share", str(directory), "--socket-path", self.socket]
             command += ONE_PROCESS
