@@ -162,12 +162,13 @@ class FakeKernel:
 
     def _entry(self, body: bytes) -> Entry:
         entry = parse_entry(body)
-        self._count(entry)
+        self._count(entry.nodeid, 1)
         return entry
 
-    def _count(self, entry: Entry) -> None:
-        if entry.nodeid:
-            self.lookups[entry.nodeid] = self.lookups.get(entry.nodeid, 0) + 1
+    def _count(self, nodeid: int, lookups: int) -> None:
+        if nodeid:
+            with self._condition:  # threads look the same name up
+                self.lookups[nodeid] = self.lookups.get(nodeid, 0) + lookups
 
     def lookup(self, parent: int, name: bytes) -> Entry:
         """Look a name up. An Entry with nodeid 0 is a name that may be remembered as missing."""
@@ -175,14 +176,14 @@ class FakeKernel:
 
     def forget(self, nodeid: int, nlookup: int = 1) -> None:
         """Give lookups back."""
-        self.lookups[nodeid] = self.lookups.get(nodeid, 0) - nlookup
+        self._count(nodeid, -nlookup)
         self.call("forget", nodeid, nlookup)
 
     def batch_forget(self, items: Sequence[tuple[int, int]]) -> None:
         """Give lookups of several nodes back."""
         tail = b"".join(codec.FORGET_ONE.pack(nodeid, nlookup) for nodeid, nlookup in items)
         for nodeid, nlookup in items:
-            self.lookups[nodeid] = self.lookups.get(nodeid, 0) - nlookup
+            self._count(nodeid, -nlookup)
         self.call("batch_forget", 0, len(items), tail=tail)
 
     def forget_all(self) -> None:
@@ -373,7 +374,7 @@ class FakeKernel:
             if item.entry is not None:
                 if item.name in (b".", b".."):
                     raise BadReply(f"READDIRPLUS: {item.name!r} has a node, which the kernel never forgets")
-                self._count(item.entry)
+                self._count(item.entry.nodeid, 1)
         return found
 
     def releasedir(self, nodeid: int, fh: int) -> None:
