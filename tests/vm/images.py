@@ -212,10 +212,10 @@ def find_kernel(flavour: str = "stable") -> Kernel:
 
 def find_busybox() -> Path:
     """The static busybox that was fetched. Raises ImageError with the command that fetches it."""
-    path = cache() / "busybox/bin/busybox"
-    if not path.exists():
-        raise ImageError(f"there is no busybox in {path.parent}: `{FETCH}` fetches it")
-    return path
+    for place in ("bin", "usr/bin"):  # up to Debian 12, and since
+        if (path := cache() / "busybox" / place / "busybox").exists():
+            return path
+    raise ImageError(f"there is no busybox in {cache()}: `{FETCH}` fetches it")
 
 
 def modules_in_order(directory: Path, wanted: Iterable[str]) -> dict[str, bytes]:

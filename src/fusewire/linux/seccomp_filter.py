@@ -202,14 +202,15 @@ def _syslog() -> list[Rule]:
 def import_all(*modules: str) -> None:
     """Load what would be loaded late otherwise, when nothing can be found any more: the modules and some of Python's.
 
-    array: socket.recv_fds. traceback, linecache: a fault that is reported; its lines of source are not shown where
-    they cannot be opened. syslog and time zone: messages.
+    array: socket.recv_fds. traceback, linecache, tokenize: a fault that is reported; its lines of source are not shown
+    where they cannot be opened. syslog and time zone: messages.
 
     Raises ImportError.
     """
     import time
 
-    for name in ("array", "encodings.ascii", "encodings.latin_1", "linecache", "syslog", "traceback", *modules):
+    late = ("array", "encodings.ascii", "encodings.latin_1", "linecache", "syslog", "tokenize", "traceback")
+    for name in (*late, *modules):
         __import__(name)
     time.localtime()
     process.preload_thread_exit()
