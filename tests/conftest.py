@@ -20,6 +20,11 @@ from fusewire.linux import syscalls
 DEADLINE = 90.0  # seconds until the processes of a test are ended
 
 
+# A shell that starts the tests with `&` in a script has them ignore SIGINT, and so does what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def world() -> Iterator[e2e.World]:
     """Users, directories and processes for one test. Whatever of them is left afterwards fails the test."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import inspect
 import os
 import socket
 import stat
@@ -26,7 +27,7 @@ from fusewire.testing.guest import FakeGuest
 PATIENCE = 30.0
 
 FS = '''
-import asyncio, errno, os, stat, threading
+import asyncio, ctypes, errno, os, stat, threading  # libffi 3.5 opens itself when ctypes is imported
 import fusewire
 
 class Async(fusewire.Operations):
@@ -69,7 +70,7 @@ Async = space["Async"]
 
 def filesystem(**members) -> Operations:
     def method(function):
-        if asyncio.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(function):
 
             async def call(self, *arguments):
                 return await function(*arguments)
