@@ -142,7 +142,7 @@ def test_a_missing_decompressor_says_how_to_get_it() -> None:
     # A process without the C libraries (ctypes is shut out) and without the packages.
     code = (
         "import sys\n"
-        "for name in ('ctypes', 'backports', 'zstandard', 'compression', 'lz4', 'lzallright', 'isal'):\n"
+        "for name in ('ctypes', 'backports', 'zstandard', 'compression.zstd', 'lz4', 'lzallright', 'isal'):\n"
         "    sys.modules[name] = None\n"
         "from fusewire.formats.compression import *\n"
         "for name in ('zstd', 'lz4', 'lzo'):\n"

@@ -66,6 +66,7 @@ def children():
     with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
         return file.read().split()
 
+import ctypes  # libffi 3.5 opens itself then
 def fds():
     return sorted(os.listdir("/proc/self/fd"))
 

@@ -43,12 +43,15 @@ def become_subreaper() -> None:
 def close_inherited_fds(keep: Collection[int] = (0, 1, 2)) -> None:
     """Close every descriptor that is not in `keep`.
 
-    Whoever holds a stray copy of a pipe, a lock or a /dev/fuse descriptor keeps it alive for all.
+    Whoever holds a stray copy of a pipe, a lock or a /dev/fuse descriptor keeps it alive for all. What stays open is
+    libffi: it (3.5) maps more of itself through a descriptor of its own when ctypes makes callbacks, and would map
+    whatever had the number by then, as code.
     """
     for fd in open_fds():
         if fd not in keep:
             try:
-                os.close(fd)
+                if not os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).startswith("libffi."):
+                    os.close(fd)
             except OSError:  # the one that listed the directory
                 continue
 
