@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 import subprocess
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,8 +145,8 @@ def make_tree(root: Path, block: int = 131072, *, special: bool | None = None) -
     os.link(put("noise"), put("hard-link"))
     os.link(put("size-1"), small / "hard-link-1")
     os.link(put("short-link"), put("hard-link-of-symlink"), follow_symlinks=False)
-    # mksquashfs takes two names for one file if they have the same status; reading the first one may move its atime.
-    os.readlink(put("short-link"))
+    # mksquashfs takes two names for one file if they have the same status; reading the first one would move its atime.
+    os.utime(put("short-link"), (time.time() + 3600, 1_500_000_000), follow_symlinks=False)
     os.mkfifo(put("fifo"), 0o640)
     with socket.socket(socket.AF_UNIX) as listener:
         here = os.getcwd()

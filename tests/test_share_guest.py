@@ -224,7 +224,7 @@ def _kinds(daemon: Daemon) -> list[str]:
 
 def test_driver_is_unloaded_and_loaded(three: Sharing) -> None:
     three.mount()
-    reload = "rmmod virtiofs && insmod /rig/modules/*-virtiofs.ko"
+    reload = three.guest.reloading()
     assert three.guest.check(f"umount /mnt/fs && {reload} && {MOUNT} fs /mnt/fs && cat /mnt/fs/greeting") == b"hello\n"
     three.guest.check("umount /mnt/fs")
 

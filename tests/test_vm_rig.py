@@ -179,7 +179,7 @@ def test_file_of_64_mib_is_the_same_on_both_sides(guest, sharing):
 
 
 def test_driver_can_be_unloaded_and_loaded(guest, sharing):
-    reload = "rmmod virtiofs && insmod /rig/modules/*-virtiofs.ko"
+    reload = guest.reloading()
     assert guest.check(f"umount /mnt && {reload} && {MOUNT} fs /mnt && cat /mnt/greeting") == b"hello\n"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from _weakrefset import WeakSet
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 # How long those inside get to finish after a lazy unmount, and how long a server that should end may take. Seconds.
 GRACE, PATIENCE = 1.0, 5.0
 MESSAGE = 1 << 16
+# How long a mount may be in use when it is unmounted before that is an error: a process that has just been forked still
+# has to close its copies of descriptors. Seconds.
+_PASSING = 0.5
 
 
 class Held:
@@ -51,8 +55,15 @@ class Held:
     def unmount(self, lazy: bool = False) -> None:
         """Unmount; a mount without a mount point is always left lazily. Raises OSError(EBUSY) if it is in use."""
         if self._mount is not None:
-            self._mount.unmount(lazy=lazy)
-            return
+            deadline = time.monotonic() + _PASSING
+            while True:
+                try:
+                    self._mount.unmount(lazy=lazy)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                        raise
+                time.sleep(0.01)
         place, self._place = self._place, None
         if place is not None:
             put_back(place.path, self._link(), place.aside if place.existed else None, place.identity)

@@ -38,7 +38,8 @@ _MEMORY = "brk munmap mremap madvise membarrier"
 
 # Threads of queues begin and end while we serve; the GIL and every lock is a futex, and so is the dirty log. rseq and
 # set_robust_list: how glibc begins a thread. sched_getaffinity: os.process_cpu_count, sched_yield: spinning in glibc.
-_THREADS = "futex futex_time64 set_robust_list rseq sched_yield sched_getaffinity getcpu gettid exit exit_group"
+# pause: where a daemon thread stays that wants the interpreter when it is gone (Python 3.14).
+_THREADS = "futex futex_time64 set_robust_list rseq sched_yield sched_getaffinity getcpu gettid pause exit exit_group"
 
 # restart_syscall: what the kernel makes of a wait that was stopped and goes on. rt_sigtimedwait: signal.sigwait.
 _SIGNALS = """rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigtimedwait_time64 sigreturn
