@@ -771,6 +771,24 @@ print("left", flush=True)
     assert os.listdir(user.place) == []
 
 
+# The main thread sleeps on when another one gets the signal, as when it comes right before it goes to sleep.
+OTHER = """
+def get_signal():
+    sleeps = False
+    while not sleeps:
+        where = sys._current_frames()[threading.main_thread().ident].f_code.co_name
+        with open(f"/proc/self/task/{os.getpid()}/stat") as file:
+            sleeps = where in ("wait", "_wait") and file.read().rpartition(")")[2].split()[0] == "S"
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=get_signal, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("way", ["mount(Hello(), 'mnt')", "share(Hello, 'socket')"])
+def test_signal_that_another_thread_gets_is_an_end_too(user, way):
+    assert user.run(f"{OTHER}fusewire.{way}\nprint('left')\n")[0] == "left\n"
+
+
 def test_mount_ends_when_it_is_unmounted():
     for user in users("root"):
         with user.start(

@@ -246,21 +246,27 @@ def mount(
 
     The program must not use the mount meanwhile (see `mounted`). Raises as `mounted`.
     """
-    from queue import SimpleQueue
+    from fusewire.linux.wakeup import Wakeup
 
     operations = as_operations(fs)
     chosen = options_for(fs, operations, options)
     target = os.path.join(os.getcwdb(), os.fsencode(path))
     job = Job(operations, target, chosen, strategy, threads, debug, log)
-    ended: SimpleQueue[int] = SimpleQueue()  # its `put` may interrupt its `get`, as a signal handler does
+    told: list[int] = []
     try:
-        with _Signals(_give_up) as signals, Quiet() as quiet:
+        with Wakeup() as wakeup, _Signals(_give_up) as signals, Quiet() as quiet:
+
+            def end(number: int = 0) -> None:
+                told.append(number)
+                wakeup.notify()
+
             here = _hold_here(job)
-            here.on_end = lambda: ended.put(0)
+            here.on_end = end
             with here:
                 here.start(quiet)  # it may hang as long as the filesystem likes, so until then a signal interrupts it
-                signals.heard = ended.put
-                ended.get()
+                signals.heard = end
+                while not told:
+                    wakeup.wait()
     except _GivenUp:
         return
 

@@ -13,6 +13,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from fusewire.linux.wakeup import Wakeup
 from fusewire.trace import trace_to_stderr
 from fusewire.transport.exchange import Exchange
 from fusewire.transport.vhost import HEADER_SIZE, Device, Ending
@@ -63,6 +64,7 @@ class ShareServer:
         self._log = log
         self._debug = debug
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wakeup = Wakeup()
         self._stopped_at = 0.0
         self.requests = 0
 
@@ -84,21 +86,24 @@ class ShareServer:
         If a request takes no end, it is left at work: the process has to end then, before the guest's memory is used
         for anything else.
         """
-        while True:
-            client = self._accept()
-            if client is None:
-                return 0
-            with client:
-                ended = self._serve_client(client)
-            if ended or self._once:
-                return 0
+        with self._wakeup:
+            while True:
+                client = self._accept()
+                if client is None:
+                    return 0
+                with client:
+                    ended = self._serve_client(client)
+                if ended or self._once:
+                    return 0
 
     def _wait(self, source: socket.socket, events: int = select.POLLIN, seconds: float | None = None) -> bool:
         """Wait until the socket is ready; False when we are to stop, or after so many seconds."""
         poll = select.poll()
         poll.register(source, events)
         poll.register(self._stop, select.POLLIN)
-        ready = dict(poll.poll(None if seconds is None else seconds * 1000))
+        poll.register(self._wakeup, select.POLLIN)
+        while self._wakeup.fileno() in (ready := dict(poll.poll(None if seconds is None else seconds * 1000))):
+            self._wakeup.drain()  # a handler may have called `stop` by now
         return bool(ready) and self._stop not in ready
 
     def _to_stop(self, seconds: float = 0) -> bool:

@@ -120,9 +120,11 @@ def fetch(flavour: str = "stable") -> None:
             if flavour == "backports":
                 with tempfile.TemporaryDirectory(dir=directory) as own:
                     apt = _Apt(_backports(Path(own)), suite=f"{_release()}-backports")
-                    _unpack(directory / flavour, apt, lambda apt: [apt.kernel(), "qemu-system-x86", "qemu-system-data"])
+                    _unpack(
+                        directory / flavour, apt, lambda apt: [*apt.kernel(), "qemu-system-x86", "qemu-system-data"]
+                    )
             else:
-                _unpack(directory / flavour, _Apt([]), lambda apt: [apt.kernel()])
+                _unpack(directory / flavour, _Apt([]), _Apt.kernel)
 
 
 class _Apt:
@@ -140,13 +142,14 @@ class _Apt:
             raise ImageError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
-    def kernel(self) -> str:
-        """The package that the metapackage stands for at the moment."""
+    def kernel(self) -> list[str]:
+        """The package that the metapackage stands for at the moment, and since Debian 14 those it is made of."""
         told = self("apt-cache", "depends", f"linux-image-cloud-amd64{self._suite}")
         found = re.search(r"Depends: (linux-image-\d\S*)", told)
         if found is None:
             raise ImageError(f"apt knows no linux-image-cloud-amd64{self._suite}: this is no Debian?")
-        return found[1]
+        told = self("apt-cache", "depends", f"{found[1]}{self._suite}")
+        return [found[1], *re.findall(r"Depends: (linux-(?:binary|modules)-\d\S*)", told)]
 
     def download(self, packages: Sequence[str], directory: Path) -> list[Path]:
         self("apt-get", "download", *[f"{name}{self._suite}" for name in packages], cwd=directory)
@@ -200,14 +203,15 @@ def _backports(directory: Path) -> list[str]:
 def find_kernel(flavour: str = "stable") -> Kernel:
     """The kernel that was fetched. Raises ImageError with the command that fetches it."""
     tree = cache() / flavour
-    image = max(tree.glob("boot/vmlinuz-*"), default=None)
-    if image is None:
+    images = {path.name.removeprefix("vmlinuz-"): path for path in tree.glob("boot/vmlinuz-*")}
+    images |= {path.parent.name: path for path in tree.glob("usr/lib/modules/*/vmlinuz")}  # since Debian 14
+    if not images:
         asked = FETCH if flavour == "stable" else f"{FETCH} {flavour}"
         raise ImageError(f"there is no guest kernel in {tree}: `{asked}` fetches it")
     own = tree / "usr/bin/qemu-system-x86_64"
     data = [str(tree / "usr/share/qemu"), "/usr/share/seabios", "/usr/share/qemu", "/usr/lib/ipxe/qemu"]
     words = [str(own), *(word for place in data for word in ("-L", place))] if own.exists() else ["qemu-system-x86_64"]
-    release = image.name.removeprefix("vmlinuz-")
+    release, image = max(images.items())
     for place in ("lib", "usr/lib"):  # up to Debian 12, and since
         if (modules := tree / place / "modules" / release).is_dir():
             return Kernel(image, modules, tuple(words))

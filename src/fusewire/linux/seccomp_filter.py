@@ -56,7 +56,7 @@ _ASKING = """getpid getppid getuid geteuid getgid getegid getresuid getresgid ge
 
 # Waiting for the front end, for kicks, and for being told to end.
 _WAITING = """poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create1 epoll_ctl epoll_wait
-    epoll_pwait epoll_pwait2 eventfd2"""
+    epoll_pwait epoll_pwait2 eventfd2 pipe2"""
 
 # The front end: the next one is accepted; messages and descriptors go through sockets that are there already. Python
 # asks a new socket what it is. memfd_create: the region of requests in flight.
