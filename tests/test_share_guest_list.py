@@ -17,7 +17,8 @@ import pytest
 
 from fusewire.testing import conformance_data, conformance_space
 from fusewire.testing.conformance import BEHAVIOURS
-from vm.behaviours import UNINTERRUPTIBLE, Behaviours, booted
+from vm import images
+from vm.behaviours import FAILS_EVERYWHERE, UNINTERRUPTIBLE, Behaviours, booted
 from vm.daemons import fusewire
 from vm.rig import Guest, Share, need
 
@@ -28,39 +29,29 @@ PATIENCE = 500.0 if WHOLE else 90.0  # seconds for those behaviours that are run
 
 MODES = ("auto", "always", "metadata", "none")
 
-# Known differences, by the mode: they are the guest's kernel's, of Linux 6.1, and C virtiofsd has them as well.
-EVERYWHERE = {
-    "description_locks_and_record_locks_meet": "FUSE does not tell which locks are those of open files",
-    "time_of_birth_stays": "Linux 6.1 sends no STATX, which came with 6.6",
-    "operations_move_the_times_that_they_should": "FUSE's FALLOCATE moves times when a hole is punched, and ext4 of "
-    "Linux 6.1 does not",
-    "setgid_of_a_new_file_is_for_members_of_its_group": "Linux 6.1 does not send the groups of who makes a file, which "
-    "came with 6.3 (FUSE_CREATE_SUPP_GROUP)",
-}
-UNMAPPED = "a file that is opened without a cache has no shared maps before Linux 6.6 (FUSE_DIRECT_IO_ALLOW_MMAP)"
-WITHOUT_MAPS = dict.fromkeys(
-    (
-        "shared_map_and_calls_see_each_other",
-        "shared_map_is_written_to_the_file",
-        "shared_map_is_seen_by_another_process",
-        "read_only_map_shows_later_writes",
-        "map_needs_a_descriptor_that_may",
-        "map_of_a_removed_file_lives_on",
-        "map_ends_with_the_file",
-        "bytes_behind_the_end_of_a_map_are_not_kept",
-        "map_of_a_hole_makes_data",
-        "map_changes_the_modification_time",
-    ),
-    UNMAPPED,
+# Known differences, by the mode: they are the guest's kernel's, and C virtiofsd has them as well.
+MAPS = (
+    "shared_map_and_calls_see_each_other",
+    "shared_map_is_written_to_the_file",
+    "shared_map_is_seen_by_another_process",
+    "read_only_map_shows_later_writes",
+    "map_needs_a_descriptor_that_may",
+    "map_of_a_removed_file_lives_on",
+    "map_ends_with_the_file",
+    "bytes_behind_the_end_of_a_map_are_not_kept",
+    "map_of_a_hole_makes_data",
+    "map_changes_the_modification_time",
 )
+UNMAPPED = "a file that is opened without a cache has no shared maps before Linux 6.6 (FUSE_DIRECT_IO_ALLOW_MMAP)"
+WITHOUT_MAPS = dict.fromkeys(MAPS, UNMAPPED) if images.release() < (6, 6) else {}
 FAILS: dict[str, dict[str, str]] = {
-    "auto": EVERYWHERE,
+    "auto": FAILS_EVERYWHERE,
     "always": {
-        **EVERYWHERE,
+        **FAILS_EVERYWHERE,
         "reading_moves_an_old_access_time_only": "what the guest has in its cache it does not read again from the host",
     },
-    "metadata": {**EVERYWHERE, **WITHOUT_MAPS},
-    "none": {**EVERYWHERE, **WITHOUT_MAPS},
+    "metadata": {**FAILS_EVERYWHERE, **WITHOUT_MAPS},
+    "none": {**FAILS_EVERYWHERE, **WITHOUT_MAPS},
 }
 
 # Of the other modes in the gate: everything about data, and these.

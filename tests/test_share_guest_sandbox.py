@@ -19,7 +19,7 @@ import pytest
 from fusewire.linux import capabilities, syscalls
 from fusewire.testing import conformance_attributes, conformance_special, conformance_xattrs
 from fusewire.testing.conformance import BEHAVIOURS
-from vm.behaviours import UNINTERRUPTIBLE, Behaviours, booted
+from vm.behaviours import FAILS_EVERYWHERE, UNINTERRUPTIBLE, Behaviours, booted
 from vm.daemons import Daemon, container, share
 from vm.rig import Share, need
 
@@ -30,12 +30,8 @@ PATIENCE = 500.0 if WHOLE else 90.0  # seconds for those behaviours that are run
 KINDS = ("namespace", "container")
 
 _TRUSTED = "trusted and most security attributes take CAP_SYS_ADMIN on the host (--modcaps=+sys_admin)"
-# The first four are the guest's kernel's, of Linux 6.1: see test_share_guest_list.py.
 KNOWN = {
-    "description_locks_and_record_locks_meet": "FUSE does not tell which locks are those of open files",
-    "time_of_birth_stays": "Linux 6.1 sends no STATX",
-    "operations_move_the_times_that_they_should": "FUSE's FALLOCATE moves times when a hole is punched",
-    "setgid_of_a_new_file_is_for_members_of_its_group": "Linux 6.1 does not send the groups of who makes a file",
+    **FAILS_EVERYWHERE,
     "trusted_attributes_are_for_root": _TRUSTED,
     "trusted_attributes_are_hidden_from_others": _TRUSTED,
     "trusted_attributes_need_the_capability": _TRUSTED,

@@ -39,6 +39,21 @@ UNINTERRUPTIBLE = frozenset(
     }
 )
 
+# What Linux in the guest cannot do on a share, whoever serves it, and the Linux that was first seen to do it.
+_FAILS = {
+    "description_locks_and_record_locks_meet": (None, "FUSE does not tell which locks are those of open files"),
+    "time_of_birth_stays": ((6, 6), "Linux sends no STATX before 6.6"),
+    "operations_move_the_times_that_they_should": (
+        (6, 12),
+        "FUSE's FALLOCATE moves times when a hole is punched, and ext4 of Linux 6.1 does not",
+    ),
+    "setgid_of_a_new_file_is_for_members_of_its_group": (
+        (6, 3),
+        "Linux does not send the groups of who makes a file before 6.3 (FUSE_CREATE_SUPP_GROUP)",
+    ),
+}
+FAILS_EVERYWHERE = {name: why for name, (since, why) in _FAILS.items() if since is None or images.release() < since}
+
 # A process that answers, and one that holds both pipes open. When the first has ended there is an answer all the same.
 START = f"""
 mkfifo /run/ask /run/answers

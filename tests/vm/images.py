@@ -218,6 +218,15 @@ def find_kernel(flavour: str = "stable") -> Kernel:
     raise ImageError(f"there are no modules of {release} in {tree}: remove it, and fetch the kernel again")
 
 
+def release(flavour: str = "stable") -> tuple[int, ...]:
+    """The first two numbers of the kernel that was fetched; (0, 0) if none was."""
+    try:
+        name = find_kernel(flavour).modules.name
+    except ImageError:
+        return (0, 0)
+    return tuple(int(number) for number in name.split(".")[:2])
+
+
 def find_busybox() -> Path:
     """The static busybox that was fetched. Raises ImageError with the command that fetches it."""
     for place in ("bin", "usr/bin"):  # up to Debian 12, and since
