@@ -218,11 +218,14 @@ class Served:
         return found
 
     def opened_specials(self) -> list[str]:
-        """What it has open of devices and FIFOs, but for its standard streams. O_PATH opens nothing."""
+        """What it has open of devices and FIFOs, but for its standard streams. O_PATH opens nothing.
+
+        Pipes without a name are its own: they cannot be had from the tree.
+        """
         found = []
         for number, (path, status) in self.opened().items():
             special = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) or stat.S_ISFIFO(status.st_mode)
-            if number > 2 and special and not self.flags(number) & os.O_PATH:
+            if number > 2 and special and not path.startswith("pipe:[") and not self.flags(number) & os.O_PATH:
                 found.append(path)
         return found
 
