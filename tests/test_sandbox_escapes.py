@@ -134,6 +134,8 @@ def test_a_serving_process_has_nothing_open_but_the_share(share: Served, guest: 
     for number, (path, status) in share.opened().items():
         if number <= 2 or path.startswith(("socket:", "anon_inode:", "/memfd:", "pipe:")):
             continue
+        if os.path.basename(path).startswith("libffi."):
+            continue  # it (3.5) maps more of itself through that: see process.close_inherited_fds
         if share.flags(number) & os.O_PATH and status.st_dev != device:
             # The directory of its own descriptors, under whose names it opens them again.
             assert share.way.mode != "none"
