@@ -85,7 +85,7 @@ class Daemon:
     def end(self, number: int = signal.SIGTERM) -> int:
         """End it and give its status."""
         # The C virtiofsd misses a signal that comes right before it waits for its connection: it gets another one.
-        times = 1 if self.kind == "fusewire" else 20
+        times = 20 if self.kind == "virtiofsd" else 1
         for _ in range(times):
             if self.alive():
                 self.process.send_signal(signal.SIGCONT)

@@ -25,6 +25,7 @@ PATIENCE = 30.0
 
 # A filesystem with one file, which says how often it has been read, and in which process it lives.
 PRELUDE = """
+import ctypes  # libffi 3.5 opens itself then
 import errno, json, mmap, os, signal, stat, subprocess, sys, threading, time
 import fusewire
 
@@ -66,7 +67,6 @@ def children():
     with open(f"/proc/self/task/{threading.get_native_id()}/children") as file:
         return file.read().split()
 
-import ctypes  # libffi 3.5 opens itself then
 def fds():
     return sorted(os.listdir("/proc/self/fd"))
 

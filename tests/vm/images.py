@@ -211,11 +211,11 @@ def find_kernel(flavour: str = "stable") -> Kernel:
     own = tree / "usr/bin/qemu-system-x86_64"
     data = [str(tree / "usr/share/qemu"), "/usr/share/seabios", "/usr/share/qemu", "/usr/lib/ipxe/qemu"]
     words = [str(own), *(word for place in data for word in ("-L", place))] if own.exists() else ["qemu-system-x86_64"]
-    release, image = max(images.items())
+    version, image = max(images.items())
     for place in ("lib", "usr/lib"):  # up to Debian 12, and since
-        if (modules := tree / place / "modules" / release).is_dir():
+        if (modules := tree / place / "modules" / version).is_dir():
             return Kernel(image, modules, tuple(words))
-    raise ImageError(f"there are no modules of {release} in {tree}: remove it, and fetch the kernel again")
+    raise ImageError(f"there are no modules of {version} in {tree}: remove it, and fetch the kernel again")
 
 
 def release(flavour: str = "stable") -> tuple[int, ...]:
